@@ -1,0 +1,641 @@
+"""PAPO, Perception-Aware Policy Optimization: the whole algorithm in one file, in the order in which data flows.
+
+[1] Wang et al., "Perception-Aware Policy Optimization for Multimodal Reasoning", arXiv 2507.06448 (v5, ICLR 2026).
+[2] The authors' released code, github.com/MikeWangWZHL/PAPO.
+
+For a question with an image, sample a group of G responses and reward each. GRPO makes the better ones likelier. PAPO adds
+one idea: score the SAME responses once more with most of the image blacked out, and reward the policy for changing its
+mind. A policy that answers alike without the picture did not look at it. What is maximised (paper Eq. 2), per response token:
+
+    min(r A, clip(r, 1-eps_l, 1+eps_h) A)  - beta KL[pi || pi_ref]  + gamma KL[pi || pi_mask]  - eta1 H[pi]  - eta2 H[pi_mask]
+    clipped policy term                      reference KL             perception KL              double entropy
+
+THE WAY OF THE DATA, which is the order of the sections below
+    question, image, answer -> encode_prompt -> sample_groups -> compute_reward -> group_advantages
+                            -> mask_patches  -> encode_prompt -> group_logps (old, ref, masked, current) -> papo_loss -> papo_step
+
+GLOSSARY (shapes: B responses, G group, T longest response, P prompt length, L row length, V vocabulary, H hidden width)
+    code name           symbol            shape    meaning
+    logps               log pi_theta(o)   (B, T)   log-probability of each sampled token under the policy being trained
+    old_logps           log pi_old(o)     (B, T)   the same under the policy that sampled it, constant
+    ref_logps           log pi_ref(o)     (B, T)   the same under the frozen starting policy, constant
+    masked_logps        log pi_mask(o)    (B, T)   the same under pi_theta looking at the masked image
+    entropy             H[pi_theta]       (B, T)   of the whole next-token distribution; masked_entropy: H[pi_mask]
+    response_mask       1 where t < |o|   (B, T)   1 on response tokens, the end-of-sequence token included; 0 on padding
+    rewards             R                 (G,)     one number per response, here in [0, 1]
+    advantages          A                 (B,)     reward, standardised within its group; the same for all tokens of a response
+    clip_low, clip_high eps_l, eps_h      float    how far the ratio r = pi_theta / pi_old may pay; clip_dual: c
+    gamma, beta         gamma, beta       float    weight of the perception KL, of the reference KL
+    eta1, eta2          eta_1, eta_2      float    weights of the two entropies
+    mask_ratio          p                 float    probability that a patch is blacked out
+    group_size          G                 int      responses per question
+
+WHAT CARRIES GRADIENT (masked_grad, see papo_loss)
+    masked_grad   perception KL through pi   perception KL through pi_mask   H[pi]   H[pi_mask]
+    "detached"    yes                        no                              yes     no (a constant, as in the released code)
+    "entropy"     yes                        no                              yes     yes
+    "full"        yes                        yes (Eq. 2 as written)          yes     yes
+    pi_old and pi_ref never do. Rewards and advantages are plain numbers.
+
+WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
+     1. The k3 estimator uses r = other/pi, as [2] and Schulman; the r = pi/other printed in [1] is biased for tokens drawn from pi.
+     2. The perception KL is part of the scalar that is back-propagated; in the Qwen3 branch of [2] it is not.
+     3. H[pi_mask] can be trained ("entropy", "full"); in [2] it is scored without gradient, so eta2 changes nothing.
+     4. Entropies are exact sums over the vocabulary. [2] uses -log pi of the sampled tokens (here entropy=None), whose expected
+        gradient on-policy is zero; [1] prints log pi without the minus.
+     5. The perception KL treats pi_mask as a constant, as [2]. "full" is Eq. 2 of [1] to the letter, and easier to hack: the
+        network can raise the KL by answering nonsense to masked images.
+     6. aggregation="sequence" (mean of per-response means) is Eq. 2 and GRPO; "token" is Eq. 3 and DAPO. [2] always uses "token".
+     7. Masking happens on the image as the vision tower sees it, so a patch is wholly black or untouched. [2] masks before the
+        processor resizes, which smears black into neighbours, and uses 14 px even where the patches have 16.
+     8. Log-ratios are clamped to +-20 and k3 to 10 as in [2]; [1] has no clamps. Beyond them the gradient is zero.
+     9. The reward is 0.9 accuracy + 0.1 format as in [2]; [1] says exact match. The accuracy check accepts more equal answers.
+    10. The policy loss has the dual clip of [2] (for A < 0 at most c times |A|), which [1] leaves out.
+    11. Vision tokens are never sampled: in a response they would be taken for image positions. Scores keep the full vocabulary.
+    12. A whole group is scored as one row (see group_row): the same numbers, several times cheaper.
+"""
+
+import functools
+import math
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from typing import Literal
+
+import torch
+from PIL import Image
+from qwen_vl_utils.vision_process import fetch_image
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The recipe
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class PAPOConfig:
+    """Every number of the recipe. The defaults are the published PAPO-G 3B model (Table 6 of [1] and its scripts).
+
+    Raises ValueError, naming the field, for a value outside its range."""
+
+    gamma: float = _option(0.02, "weight of the implicit perception KL (paper: gamma); 0 is plain GRPO; typical 0.005 to 0.02")
+    beta: float = _option(0.01, "weight of the KL to the starting policy (paper: beta); 0 needs no reference; typical 0 to 0.04")
+    eta1: float = _option(0.0, "weight of the entropy of the policy, minimised (paper: eta_1); typical 0 to 0.05")
+    eta2: float = _option(0.0, "weight of the entropy of the masked policy, minimised (paper: eta_2); typical 0 to 0.05")
+    clip_low: float = _option(0.2, "a ratio below 1 - clip_low earns nothing more (paper: epsilon_l); typical 0.2")
+    clip_high: float = _option(0.3, "a ratio above 1 + clip_high earns nothing more (paper: epsilon_h); typical 0.2 to 0.3")
+    clip_dual: float = _option(3.0, "for A < 0 the loss is at most clip_dual |A| (released code: c); above 1, inf turns it off")
+    aggregation: Literal["sequence", "token"] = _option(
+        "sequence", "average over tokens: sequence = mean of per-response means (Eq. 2), token = one mean over all (Eq. 3)")
+    masked_grad: Literal["detached", "entropy", "full"] = _option(
+        None, "which terms send gradient through the masked pass: detached = none, entropy = H[pi_mask], full = also the "
+        "perception KL; default: entropy if eta2 > 0, else detached")
+    entropy_estimate: Literal["exact", "sampled"] = _option(
+        "exact", "exact = sum over the vocabulary, sampled = -log pi of the sampled tokens (released code)")
+    mask_ratio: float = _option(0.6, "probability of blacking out an image patch (paper: p); typical 0.6 to 0.8")
+    patch_size: int = _option(14, "side of a masked patch in pixels (paper: s); the trainer takes the model's own")
+    group_size: int = _option(5, "responses sampled per question (paper: G); at least 2; typical 5 to 16")
+    temperature: float = _option(1.0, "sampling temperature, also used when scoring; typical 1.0")
+    top_p: float = _option(1.0, "nucleus sampling: keep the likeliest tokens up to this mass; published runs: 0.99")
+    format_weight: float = _option(0.1, "share of the reward that is for format, the rest is for accuracy (released code: 0.1)")
+    dynamic_sampling: bool = _option(False, "redraw groups that are all right or all wrong (DAPO, PAPO-D)")
+    max_redraws: int = _option(20, "with dynamic sampling, rounds of redrawing before training on what there is (paper: 20)")
+    max_new_tokens: int = _option(2048, "longest response, in tokens (published: 2048)")
+    prompts_per_batch: int = _option(384, "questions per rollout batch (published: 384)")
+    prompts_per_sample: int = _option(16, "questions sampled at a time; lower it to save memory")
+    updates_per_batch: int = _option(3, "optimizer updates a rollout batch is split into (published: 384 / 128 = 3)")
+    tokens_per_forward: int = _option(8192, "largest row (prompt + responses) of one forward pass; lower it to save memory")
+    learning_rate: float = _option(1e-6, "AdamW learning rate; published 1e-6 for full fine-tuning")
+    weight_decay: float = _option(0.01, "AdamW weight decay (published: 0.01)")
+    max_grad_norm: float = _option(1.0, "gradients longer than this are scaled down to it (published: 1.0)")
+
+    def __post_init__(self):
+        if self.masked_grad is None:
+            self.masked_grad = "entropy" if self.eta2 > 0 else "detached"
+        ranges = {  # name: (smallest, largest); "not a <= x <= b" also refuses nan
+            **dict.fromkeys(("gamma", "beta", "eta1", "eta2", "clip_high", "weight_decay"), (0, 1e3)),
+            **dict.fromkeys(("clip_low", "mask_ratio", "format_weight"), (0, 1)), "clip_dual": (1, math.inf),
+            "temperature": (1e-3, 1e3), "top_p": (1e-6, 1), "learning_rate": (0, 1), "max_grad_norm": (1e-9, math.inf),
+            "group_size": (2, 1e6), "max_redraws": (0, 1e6), "prompts_per_batch": (self.updates_per_batch, 1e6),
+            **dict.fromkeys(("patch_size", "max_new_tokens", "updates_per_batch", "tokens_per_forward", "prompts_per_sample"), (1, 1e9))}
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {getattr(self, name)}")
+        for name, allowed in (("aggregation", ("sequence", "token")), ("masked_grad", ("detached", "entropy", "full")),
+                              ("entropy_estimate", ("exact", "sampled"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    @classmethod
+    def preset(cls, name: str, **changes) -> "PAPOConfig":
+        """A published recipe (Table 6 and 8 of [1]), with `changes` on top. Raises ValueError for an unknown name."""
+        dapo = dict(beta=0.0, clip_high=0.28, aggregation="token", dynamic_sampling=True)
+        presets = {
+            "papo-g-3b": dict(gamma=0.02), "papo-g-7b": dict(gamma=0.02, eta1=0.05, eta2=0.05),
+            "papo-g-qwen3-2b": dict(gamma=0.01, patch_size=16), "papo-g-no-ref": dict(gamma=0.01, beta=0.0, eta1=0.03, eta2=0.03),
+            "papo-d-3b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo), "papo-d-7b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo),
+            "grpo": dict(gamma=0.0), "dapo": dict(gamma=0.0, **dapo)}
+        if name not in presets:
+            raise ValueError(f"unknown preset {name!r}, choose from {', '.join(presets)}")
+        return cls(**{"top_p": 0.99, **presets[name], **changes})
+
+
+def check_shapes(**named):
+    """name=(tensor, "B T"): every tensor has those dimensions, and a letter means one size throughout. ValueError if not."""
+    sizes = {}  # letter -> (size, name of the tensor it was first seen on)
+    for name, (tensor, letters) in named.items():
+        letters = letters.split()
+        if tensor.dim() != len(letters):
+            raise ValueError(f"{name} must have shape ({', '.join(letters)}), got {tuple(tensor.shape)}")
+        for letter, size in zip(letters, tensor.shape):
+            first, owner = sizes.setdefault(letter, (size, name))
+            if size != first:
+                raise ValueError(f"{name} has {letter} = {size}, but {owner} has {letter} = {first}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. The prompt: question + image -> tensors
+# ---------------------------------------------------------------------------------------------------------------------
+
+Prompt = dict  # what a Qwen-VL processor returns for one question: input_ids (1, P), pixel_values, image_grid_thw (1, 3)
+PROMPT_SUFFIX = " First think inside <think> </think>, then put the final answer inside \\boxed{}."
+
+
+def fit_image(processor, image):
+    """Resize an image to what the vision tower will see: both sides multiples of patch x merge, the area between the
+    processor's smallest and largest. A second call changes nothing, so the processor's own resize does nothing either.
+    Raises ValueError for an image more than 200 times longer than wide."""
+    size = processor.image_processor.size
+    return fetch_image({"image": image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
+                       image_patch_size=processor.image_processor.patch_size)
+
+
+def encode_prompt(processor, question: str, image) -> Prompt:
+    """Chat-format one question about one image, ending where the assistant's answer begins.
+
+    question: may say with `<image>` where the image stands; without it the image comes first.
+    Returns a mapping: input_ids (1, P), pixel_values (patches, channels x time x patch^2), image_grid_thw (1, 3), ...
+    Raises ValueError if the question names several images or holds a vision special token."""
+    if question.count("<image>") > 1:
+        raise ValueError(f"a question may hold one <image>, this one has {question.count('<image>')}")
+    if found := re.search(r"<\|(vision_start|vision_end|image_pad|video_pad)\|>", question):
+        raise ValueError(f"the question contains the special token {found.group()}")
+    before, _, after = question.rpartition("<image>")  # without <image>: before is empty
+    content = [{"type": "image"}, {"type": "text", "text": after + PROMPT_SUFFIX}]
+    if before:
+        content.insert(0, {"type": "text", "text": before})
+    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    return processor(text=[text], images=[fit_image(processor, image)], return_tensors="pt")
+
+
+def vision_token_ids(model) -> list[int]:
+    """Ids that stand for images in a Qwen-VL's input. Raises ValueError for a model that has no image token."""
+    if getattr(model.config, "image_token_id", None) is None:
+        raise ValueError(f"{type(model).__name__} has no image token: PAPO needs a vision-language model (Qwen2-VL and later)")
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return [getattr(model.config, name) for name in names]
+
+
+def image_inputs(prompts: list[Prompt], device) -> dict:
+    """The vision tower's arguments for several prompts at once: their patches and grids, one after the other."""
+    return {name: torch.cat([prompt[name] for prompt in prompts]).to(device) for name in ("pixel_values", "image_grid_thw")}
+
+
+def rope_positions(model, input_ids, images, attention_mask=None):
+    """M-RoPE positions (3, B, P) of prompts, always passed by hand: left to itself the model takes text-only ones, or
+    those of an earlier call. Token types are read off the image token rather than trusted to be in the prompt."""
+    is_image = (input_ids == model.config.image_token_id).int()  # (B, P) 1 on image positions
+    positions, _ = model.model.get_rope_index(input_ids, mm_token_type_ids=is_image, attention_mask=attention_mask,
+                                              image_grid_thw=images["image_grid_thw"])
+    return positions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Random patch masking: I -> I_mask   ([1] App. G.1)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
+    """Black out each cell of a patch_size x patch_size grid with probability `ratio`, independently.
+
+    image: PIL, not changed; best after fit_image, so that cells are the vision tower's patches. A cell cut by the right
+    or lower edge counts as a cell. Returns a new RGB image of the same size. Raises ValueError for a ratio outside [0, 1]."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"mask ratio must lie in [0, 1], got {ratio}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
+    columns, rows = math.ceil(image.width / patch_size), math.ceil(image.height / patch_size)
+    black = torch.rand(rows, columns, generator=generator) < ratio  # (rows, columns) bool
+    stencil = Image.fromarray(black.byte().mul(255).numpy()).resize((columns * patch_size, rows * patch_size), Image.NEAREST)
+    masked = image.convert("RGB")  # a copy, also of an RGB image
+    masked.paste((0, 0, 0), mask=stencil.crop((0, 0, *image.size)))
+    return masked
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Sampling: o_1 .. o_G ~ pi_old(. | q, I)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
+    """Draw one token per row. logits (B, V) -> (B,). temperature 0 takes the likeliest."""
+    if temperature == 0:
+        return logits.argmax(-1)  # (B,)
+    probs = (logits.float() / temperature).softmax(-1)  # (B, V)
+    if top_p < 1:
+        ranked, order = probs.sort(-1, descending=True)  # (B, V), (B, V)
+        outside = ranked.cumsum(-1) - ranked > top_p  # (B, V) the mass before this token is enough already
+        probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(outside, 0))  # (B, V), sums to <= 1
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]  # (B,) multinomial rescales
+
+
+@torch.no_grad()
+def sample_groups(model, processor, prompts, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None):
+    """Sample group_size responses for each prompt: one prefill for all prompts, then one token a time for all responses.
+
+    Nothing is taken from the model's generation_config, whose temperature and penalties would make a group's responses
+    alike. Vision tokens are never drawn. generator: on the model's device.
+    Returns per prompt a list of group_size LongTensors (<= max_new_tokens,), cut after the first end-of-sequence token."""
+    if not prompts:
+        raise ValueError("no prompts to sample from")
+    tokenizer, device, training = processor.tokenizer, model.device, model.training
+    model.eval()  # under train() a gradient-checkpointed layer would drop its KV cache
+    ids = [prompt["input_ids"][0].flip(0) for prompt in prompts]  # n x (P,), reversed to pad on the left
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad).flip(1).to(device)  # (n, P)
+    seen = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).flip(1).to(device)  # (n, P) 1 = not padding
+    images = image_inputs(prompts, device)
+    positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
+    out = model(input_ids=input_ids, attention_mask=seen, position_ids=positions, use_cache=True, logits_to_keep=1, **images)
+
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(group_size)  # from here on B = n * G rows
+    logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (B, V)
+    seen = seen.repeat_interleave(group_size, 0)  # (B, P)
+    position = positions.amax(dim=(0, 2)).repeat_interleave(group_size)  # (B,) of the last prompt token
+    done, tokens = torch.zeros_like(position, dtype=torch.bool), []
+    for _ in range(max_new_tokens):
+        logits[:, vision_token_ids(model)] = -math.inf
+        token = sample_token(logits, temperature, top_p, generator)  # (B,)
+        tokens.append(token)
+        done |= token == tokenizer.eos_token_id
+        if done.all() or len(tokens) == max_new_tokens:
+            break
+        position = position + 1
+        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)  # (B, P + t)
+        logits = model(input_ids=token[:, None], attention_mask=seen, position_ids=position.expand(3, 1, -1).mT,  # (3, B, 1)
+                       past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
+    model.train(training)
+
+    rows = torch.stack(tokens, dim=1).cpu()  # (B, T) what a row drew after its end is dropped:
+    lengths = ((rows == tokenizer.eos_token_id).cumsum(1) - (rows == tokenizer.eos_token_id).long() == 0).sum(1).tolist()  # B
+    responses = [row[:length] for row, length in zip(rows, lengths)]
+    return [responses[i:i + group_size] for i in range(0, len(responses), group_size)]
+
+
+# 5. grader placeholder
+def extract_boxed(text):
+    i = text.rfind("\\boxed{"); 
+    return None if i<0 or "}" not in text[i:] else text[i+7:text.index("}", i)]
+def compute_reward(response, answer, format_weight=0.1):
+    acc = float(extract_boxed(response) == answer)
+    fmt = float(bool(re.fullmatch(r"<think>.*</think>.*\\boxed\{.*\}.*", response, re.DOTALL)))
+    return {"reward": (1-format_weight)*acc+format_weight*fmt, "accuracy": acc, "format": fmt}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Group advantages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def group_advantages(rewards, eps=1e-6):
+    """A_i = (R_i - mean(R)) / (std(R) + eps) over the group, the last dimension.
+
+    rewards (..., G) -> (..., G), mean 0. The standard deviation is the unbiased one (G - 1), as in the released code. A
+    group of equal rewards teaches nothing: exactly 0, where rounding over a tiny deviation would give noise.
+    Raises ValueError for a group of fewer than 2."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    if rewards.dim() == 0 or rewards.shape[-1] < 2:
+        raise ValueError(f"rewards need a group dimension G >= 2, got shape {tuple(rewards.shape)}")
+    spread = rewards.std(-1, keepdim=True)  # (..., 1)
+    advantages = (rewards - rewards.mean(-1, keepdim=True)) / (spread + eps)  # (..., G)
+    return advantages.masked_fill((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0)  # (..., G)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Scoring: log pi(o_t | q, I, o_<t), a group in one row
+# ---------------------------------------------------------------------------------------------------------------------
+
+HEAD_CHUNK = 256  # response positions whose logits exist at a time: 256 x 151,936 fp32 numbers are 156 MB
+
+
+def token_logps(hidden, targets, head, temperature=1.0):
+    """log pi(target) and the entropy at each position, without ever holding all logits.
+
+    hidden (N, H), targets (N,) -> logps (N,), entropy (N,), fp32. Each chunk's logits are computed again in backward: a
+    plain loop would keep them all alive for autograd, 2.4 GB per copy for 4,000 tokens of a 151,936-word vocabulary."""
+    def chunk_logps(hidden, targets):
+        log_probs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)  # (N,)
+        return log_probs.gather(-1, targets[:, None])[:, 0], entropy
+
+    chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
+    logps, entropy = zip(*(checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks))
+    return torch.cat(logps), torch.cat(entropy)
+
+
+def group_row(model, prompt, responses):
+    """Lay a prompt and its G responses out as ONE row [prompt | o_1 | ... | o_G] of L tokens.
+
+        mask      a token sees the prompt and the earlier tokens of its own response, nothing else
+        position  every response starts anew right after the prompt's last position
+
+    So each response is scored as if it stood alone after the prompt, but the image is encoded once, the prompt runs once,
+    and there is no padding. Returns the model's inputs and, for each response token, the index of the position that
+    predicts it (N,): the prompt's last for a first token, else the token before."""
+    device = model.device
+    P, lengths = prompt["input_ids"].shape[1], torch.tensor([len(o) for o in responses])
+    row = torch.cat([prompt["input_ids"][0], *responses])[None].to(device)  # (1, L)
+    images = image_inputs([prompt], device)
+    owner = torch.cat([torch.zeros(P), torch.arange(1, len(responses) + 1).repeat_interleave(lengths)]).to(device)  # (L,) 0 = prompt
+    visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own response, or prompt
+    visible = visible.tril()[None, None]  # (1, 1, L, L) and never the future
+    step = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(device)  # (N,) 0 .. |o| - 1 for each response
+    positions = rope_positions(model, row[:, :P], images)  # (3, 1, P)
+    after = positions.max() + 1 + step  # (N,)
+    positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)  # (3, 1, L)
+    predictor = torch.arange(P - 1, row.shape[1] - 1, device=device).where(step > 0, P - 1)  # (N,)
+    # As numbers rather than booleans the mask means the same to every attention that takes a mask.
+    bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)  # (1, 1, L, L)
+    return dict(input_ids=row, attention_mask=bias, position_ids=positions, use_cache=False, **images), predictor
+
+
+def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
+    """log pi(o_t | q, I, o_<t) of every token of G responses to one prompt, in one forward pass.
+
+    prompt: from encode_prompt (with the masked image it gives pi_mask). responses: G LongTensors (<= T,).
+    Returns logps (G, T) fp32, 0 on padding; response_mask (G, T) float; and with_entropy the entropy (G, T), in nats.
+    Gradient flows if enabled. Raises ValueError for no or an empty response, or one that holds a vision token."""
+    if not len(responses) or any(len(o) == 0 for o in responses):
+        raise ValueError("group_logps needs at least one response, each of at least one token")
+    targets = torch.cat(list(responses)).to(model.device)  # (N,) all response tokens
+    if torch.isin(targets, torch.tensor(vision_token_ids(model), device=model.device)).any():
+        raise ValueError("a response contains a vision token: it would be taken for an image position")
+    if model.config._attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"a group row needs attention sdpa or eager, the model uses {model.config._attn_implementation}")
+    inputs, predictor = group_row(model, prompt, responses)
+    hidden = model.model(**inputs).last_hidden_state[0, predictor]  # (N, H)
+    logps, entropy = token_logps(hidden, targets, model.get_output_embeddings(), temperature)  # (N,), (N,)
+    lengths = [len(o) for o in responses]
+    pad = lambda flat: pad_sequence(flat.split(lengths), batch_first=True)  # (N,) -> (G, T)
+    scored = pad(logps), pad(torch.ones_like(logps))
+    return (*scored, pad(entropy)) if with_entropy else scored
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. The terms of the loss, each (B, T) -> (B, T)
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_dual):
+    """- min(r A, clip(r, 1 - eps_l, 1 + eps_h) A), and for A < 0 at most c |A|;  r = pi_theta / pi_old.  ([1] Eq. 2, [2])
+
+    logps, old_logps (B, T), advantages (B,) -> (B, T), to minimise. The first clip stops paying for a good response once
+    it is 1 + eps_h times likelier, the second keeps a bad response that has become far likelier from dominating."""
+    check_shapes(logps=(logps, "B T"), old_logps=(old_logps, "B T"), advantages=(advantages, "B"))
+    advantages = advantages[:, None]  # (B, 1)
+    ratio = (logps - old_logps).clamp(-20, 20).exp()  # (B, T)
+    loss = torch.maximum(-ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # (B, T)
+    return torch.where(advantages < 0, loss.minimum(-clip_dual * advantages), loss)  # (B, T)
+
+
+def kl_k3(logps, other_logps):
+    """k3 = x - log x - 1 with x = pi_other / pi: an unbiased, never negative estimate of KL[pi || pi_other] from tokens
+    drawn from pi.  ([2], after Schulman; [1] prints 1/x, which is biased)
+
+    (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x, at most 1. In expectation over tokens of pi that is the
+    gradient of KL[pi_other || pi]: maximising k3 moves pi away from where the other policy has mass."""
+    check_shapes(logps=(logps, "B T"), other_logps=(other_logps, "B T"))
+    log_x = (other_logps - logps).clamp(-20, 20)  # (B, T)
+    return (log_x.exp() - log_x - 1).clamp(max=10)  # (B, T)
+
+
+def aggregate(per_token, response_mask, mode):
+    """Average over response tokens. (B, T), (B, T) -> scalar.
+
+    "sequence": 1/B sum_i 1/|o_i| sum_t, each response counts alike ([1] Eq. 2).
+    "token":    1/(sum_i |o_i|) sum_i sum_t, each token counts alike ([1] Eq. 3)."""
+    check_shapes(per_token=(per_token, "B T"), response_mask=(response_mask, "B T"))
+    counts = response_mask.bool().sum(1)  # (B,)
+    sums = per_token.masked_fill(~response_mask.bool(), 0).sum(1)  # (B,) filled, not multiplied: 0 x nan is nan
+    if mode == "sequence":
+        return (sums / counts.clamp(min=1)).mean()
+    if mode == "token":
+        return sums.sum() / counts.sum().clamp(min=1)
+    raise ValueError(f"aggregation must be sequence or token, got {mode!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. The objective
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def papo_loss(config, logps, old_logps, advantages, response_mask, masked_logps=None, ref_logps=None,
+              entropy=None, masked_entropy=None):
+    """The PAPO loss, minus J of [1] Eq. 2 (Eq. 3 for PAPO-D):
+
+        policy + beta KL[pi || pi_ref] - gamma KL[pi || pi_mask] + eta1 H[pi] + eta2 H[pi_mask]
+
+    logps, old_logps, response_mask, masked_logps, ref_logps, entropy, masked_entropy (B, T); advantages (B,).
+    entropy, masked_entropy: exact ones from group_logps; None takes -log pi of the sampled tokens, as the released code.
+    Returns the scalar to minimise and a dict of floats, each averaged like the loss. A term whose weight is 0 adds
+    nothing at all, so gamma = 0 is GRPO to the bit; it is still measured if its inputs are given.
+    Raises ValueError if shapes disagree or a term with a weight lacks its input."""
+    given = dict(logps=logps, old_logps=old_logps, response_mask=response_mask, masked_logps=masked_logps,
+                 ref_logps=ref_logps, entropy=entropy, masked_entropy=masked_entropy)
+    check_shapes(**{name: (x, "B T") for name, x in given.items() if x is not None}, advantages=(advantages, "B"))
+    if masked_logps is None and (config.gamma or config.eta2):
+        raise ValueError("gamma or eta2 is not 0: papo_loss needs masked_logps")
+    if ref_logps is None and config.beta:
+        raise ValueError("beta is not 0: papo_loss needs ref_logps")
+    mean = lambda per_token: aggregate(per_token, response_mask, config.aggregation)  # (B, T) -> scalar
+
+    # Every term: its name, its weight in the loss, its mean over tokens.
+    terms = [("policy_loss", 1.0, mean(clipped_policy_loss(
+        logps, old_logps.detach(), advantages, config.clip_low, config.clip_high, config.clip_dual)))]
+    if ref_logps is not None:
+        terms.append(("kl_ref", config.beta, mean(kl_k3(logps, ref_logps.detach()))))
+    terms.append(("entropy", config.eta1, mean(-logps if entropy is None else entropy)))
+    if masked_logps is not None:
+        masked_entropy = -masked_logps if masked_entropy is None else masked_entropy  # (B, T)
+        if config.masked_grad == "detached":
+            masked_entropy = masked_entropy.detach()  # (B, T)
+        constant = masked_logps if config.masked_grad == "full" else masked_logps.detach()  # (B, T)
+        terms.append(("kl_prcp", -config.gamma, mean(kl_k3(logps, constant))))  # minus: this KL is to grow
+        terms.append(("masked_entropy", config.eta2, mean(masked_entropy)))
+
+    loss = sum(weight * term for _, weight, term in terms if weight)
+    ratio = (logps - old_logps).detach().clamp(-20, 20).exp()  # (B, T)
+    metrics = {"loss": loss.item(), "kl_ref": 0.0, "kl_prcp": 0.0, "masked_entropy": 0.0,
+               **{name: term.item() for name, _, term in terms},
+               "clip_high_fraction": mean((ratio > 1 + config.clip_high).float()).item(),
+               "clip_low_fraction": mean((ratio < 1 - config.clip_low).float()).item()}
+    return loss, metrics
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. One step: rollouts, constants, update
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Group:
+    """One question's rollout: all that the update needs, and what a person wants to look at."""
+
+    row: dict  # the data set's: images, problem, answer
+    prompt: Prompt
+    responses: list  # G LongTensors (<= T,)
+    texts: list  # G strings
+    scores: list  # G dicts of compute_reward
+    advantages: torch.Tensor  # (G,)
+    masked_image: Image.Image = None
+    masked_prompt: Prompt = None  # None if nothing in the loss needs it
+    old_logps: torch.Tensor = None  # (G, T); None in the first update, where pi_old is pi_theta
+    ref_logps: torch.Tensor = None  # (G, T); None if beta is 0
+
+    @property
+    def mixed(self) -> bool:
+        """Some responses right, some wrong: only then does accuracy tell them apart."""
+        return 0 < sum(score["accuracy"] for score in self.scores) < len(self.scores)
+
+
+def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
+    """Encode, sample, reward and standardise: a Group per row, not yet masked. generator: on the model's device."""
+    prompts = [encode_prompt(processor, row["problem"], row["images"][0]) for row in rows]
+    sampled = sample_groups(model, processor, prompts, config.group_size, config.max_new_tokens, config.temperature,
+                            config.top_p, generator)
+    groups = []
+    for row, prompt, responses in zip(rows, prompts, sampled):
+        # Thinking models' chat templates open the <think> themselves; the format rule wants to see it.
+        opened = processor.tokenizer.decode(prompt["input_ids"][0, -4:]).rstrip().endswith("<think>")
+        texts = [opened * "<think>" + processor.tokenizer.decode(o, skip_special_tokens=True) for o in responses]
+        scores = [compute_reward(text, row["answer"], config.format_weight) for text in texts]
+        groups.append(Group(row, prompt, responses, texts, scores, group_advantages([s["reward"] for s in scores])))
+    return groups
+
+
+def roll_out(model, processor, config, rows, generator):
+    """Fill a rollout batch with groups. rows: an iterator over data set rows that does not run dry. generator: on the CPU.
+
+    With dynamic_sampling (DAPO, PAPO-D) only mixed groups are kept and the missing ones redrawn, at most max_redraws
+    times; then the batch stays short. Returns the groups and the number of redraws."""
+    seeds = torch.randint(2**62, (2,), generator=generator).tolist()  # of their own, so that masking moves no sample
+    sampling, masking = torch.Generator(model.device).manual_seed(seeds[0]), torch.Generator().manual_seed(seeds[1])
+    groups, redraws = [], -1
+    while len(groups) < config.prompts_per_batch and redraws < (config.max_redraws if config.dynamic_sampling else 0):
+        missing, drawn = config.prompts_per_batch - len(groups), []
+        while len(drawn) < missing:
+            share = [next(rows) for _ in range(min(config.prompts_per_sample, missing - len(drawn)))]
+            drawn += sample_and_grade(model, processor, config, share, sampling)
+        groups += [group for group in drawn if group.mixed or not config.dynamic_sampling]
+        redraws += 1
+    if config.gamma or config.eta2:
+        for group in groups:  # one fresh mask per question and step, shared by its group
+            image = fit_image(processor, group.row["images"][0])
+            group.masked_image = mask_patches(image, config.mask_ratio, config.patch_size, masking)
+            group.masked_prompt = encode_prompt(processor, group.row["problem"], group.masked_image)
+    return groups, redraws
+
+
+def split_group(config, prompt, responses) -> list[slice]:
+    """Cut a group into runs of responses, each with the prompt at most tokens_per_forward long (or a single response)."""
+    budget = config.tokens_per_forward - prompt["input_ids"].shape[1]
+    starts, used = [0], 0
+    for i, response in enumerate(responses):
+        if i > starts[-1] and used + len(response) > budget:
+            starts.append(i)
+            used = 0
+        used += len(response)
+    return [slice(start, end) for start, end in zip(starts, starts[1:] + [len(responses)])]
+
+
+@torch.no_grad()
+def score_constants(model, reference, config, groups):
+    """Store what the updates hold constant in the groups: log pi_ref if beta > 0, and log pi_old for all but the first
+    update's groups (there pi_old is pi_theta and the ratio exactly 1).
+
+    reference: called without arguments it gives a context manager around the reference model, for example
+    `lambda: nullcontext(frozen_copy)`, or one that switches a LoRA adapter off."""
+    def score(model, group):
+        parts = [group.responses[part] for part in split_group(config, group.prompt, group.responses)]
+        rows = [row for part in parts for row in group_logps(model, group.prompt, part, config.temperature)[0]]  # G x (<= T,)
+        return pad_sequence(rows, batch_first=True)  # (G, T)
+
+    model.eval()
+    for group in [group for update in split_batch(config, groups)[1:] for group in update]:
+        group.old_logps = score(model, group)
+    if config.beta:
+        with reference() as reference_model:
+            for group in groups:
+                group.ref_logps = score(reference_model, group)
+
+
+def split_batch(config, groups) -> list[list[Group]]:
+    """Split a rollout batch into updates_per_batch updates of nearly equal size (fewer if there are fewer groups)."""
+    count = min(config.updates_per_batch, len(groups))
+    return [groups[len(groups) * i // count:len(groups) * (i + 1) // count] for i in range(count)]
+
+
+def papo_step(model, optimizer, config, groups):
+    """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss, grad_norm, skipped.
+
+    Each group is one forward pass (or several, see split_group) and one backward pass; gradients add up. A part's loss is
+    weighted by its share of the batch's average, so loss and gradient do not depend on the split. After
+    model.gradient_checkpointing_enable() the layers' activations are recomputed in backward instead of kept. An update
+    whose gradient is not finite is skipped: one bad batch must not destroy the weights."""
+    if not groups:
+        raise ValueError("papo_step needs at least one group")
+    model.train()
+    optimizer.zero_grad(set_to_none=True)
+    total = {"sequence": sum(len(group.responses) for group in groups),
+             "token": sum(len(o) for group in groups for o in group.responses)}[config.aggregation]
+    metrics = {}
+    for group in groups:
+        for part in split_group(config, group.prompt, group.responses):
+            loss, part_metrics, count = group_loss(model, config, group, part)
+            (loss * count / total).backward()
+            for name, value in part_metrics.items():
+                metrics[name] = metrics.get(name, 0.0) + value * count / total
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    metrics["grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+    metrics["skipped"] = float(not math.isfinite(metrics["grad_norm"]))
+    if not metrics["skipped"]:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return metrics
+
+
+def group_loss(model, config, group, part=slice(None)):
+    """The loss of some of a group's responses. Returns the scalar with its graph, the metrics, and how many items of the
+    aggregation (responses or tokens) it averages."""
+    responses = group.responses[part]
+    exact = config.entropy_estimate == "exact"
+    logps, response_mask, entropy = group_logps(model, group.prompt, responses, config.temperature, with_entropy=True)  # (G, T)
+    T = logps.shape[1]
+    old_logps = logps.detach() if group.old_logps is None else group.old_logps[part, :T]  # (G, T)
+    ref_logps = None if group.ref_logps is None else group.ref_logps[part, :T]  # (G, T)
+    masked_logps = masked_entropy = None
+    if group.masked_prompt is not None:
+        with torch.set_grad_enabled(config.masked_grad != "detached"):
+            masked_logps, _, masked_entropy = group_logps(
+                model, group.masked_prompt, responses, config.temperature, with_entropy=True)  # (G, T)
+    loss, metrics = papo_loss(config, logps, old_logps, group.advantages[part].to(logps.device), response_mask, masked_logps,
+                              ref_logps, entropy if exact else None, masked_entropy if exact else None)
+    count = len(responses) if config.aggregation == "sequence" else int(response_mask.sum())
+    return loss, metrics, count
