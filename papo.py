@@ -74,7 +74,7 @@ from torch.utils.checkpoint import checkpoint
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _option(default, help):
+def option(default, help):
     return field(default=default, metadata={"help": help})
 
 
@@ -84,36 +84,36 @@ class PAPOConfig:
 
     Raises ValueError, naming the field, for a value outside its range."""
 
-    gamma: float = _option(0.02, "weight of the implicit perception KL (paper: gamma); 0 is plain GRPO; typical 0.005 to 0.02")
-    beta: float = _option(0.01, "weight of the KL to the starting policy (paper: beta); 0 needs no reference; typical 0 to 0.04")
-    eta1: float = _option(0.0, "weight of the entropy of the policy, minimised (paper: eta_1); typical 0 to 0.05")
-    eta2: float = _option(0.0, "weight of the entropy of the masked policy, minimised (paper: eta_2); typical 0 to 0.05")
-    clip_low: float = _option(0.2, "a ratio below 1 - clip_low earns nothing more (paper: epsilon_l); typical 0.2")
-    clip_high: float = _option(0.3, "a ratio above 1 + clip_high earns nothing more (paper: epsilon_h); typical 0.2 to 0.3")
-    clip_dual: float = _option(3.0, "for A < 0 the loss is at most clip_dual |A| (released code: c); above 1, inf turns it off")
-    aggregation: Literal["sequence", "token"] = _option(
+    gamma: float = option(0.02, "weight of the implicit perception KL (paper: gamma); 0 is plain GRPO; typical 0.005 to 0.02")
+    beta: float = option(0.01, "weight of the KL to the starting policy (paper: beta); 0 needs no reference; typical 0 to 0.04")
+    eta1: float = option(0.0, "weight of the entropy of the policy, minimised (paper: eta_1); typical 0 to 0.05")
+    eta2: float = option(0.0, "weight of the entropy of the masked policy, minimised (paper: eta_2); typical 0 to 0.05")
+    clip_low: float = option(0.2, "a ratio below 1 - clip_low earns nothing more (paper: epsilon_l); typical 0.2")
+    clip_high: float = option(0.3, "a ratio above 1 + clip_high earns nothing more (paper: epsilon_h); typical 0.2 to 0.3")
+    clip_dual: float = option(3.0, "for A < 0 the loss is at most clip_dual |A| (released code: c); above 1, inf turns it off")
+    aggregation: Literal["sequence", "token"] = option(
         "sequence", "average over tokens: sequence = mean of per-response means (Eq. 2), token = one mean over all (Eq. 3)")
-    masked_grad: Literal["detached", "entropy", "full"] = _option(
+    masked_grad: Literal["detached", "entropy", "full"] = option(
         None, "which terms send gradient through the masked pass: detached = none, entropy = H[pi_mask], full = also the "
         "perception KL; default: entropy if eta2 > 0, else detached")
-    entropy_estimate: Literal["exact", "sampled"] = _option(
+    entropy_estimate: Literal["exact", "sampled"] = option(
         "exact", "exact = sum over the vocabulary, sampled = -log pi of the sampled tokens (released code)")
-    mask_ratio: float = _option(0.6, "probability of blacking out an image patch (paper: p); typical 0.6 to 0.8")
-    patch_size: int = _option(14, "side of a masked patch in pixels (paper: s); the trainer takes the model's own")
-    group_size: int = _option(5, "responses sampled per question (paper: G); at least 2; typical 5 to 16")
-    temperature: float = _option(1.0, "sampling temperature, also used when scoring; typical 1.0")
-    top_p: float = _option(1.0, "nucleus sampling: keep the likeliest tokens up to this mass; published runs: 0.99")
-    format_weight: float = _option(0.1, "share of the reward that is for format, the rest is for accuracy (released code: 0.1)")
-    dynamic_sampling: bool = _option(False, "redraw groups that are all right or all wrong (DAPO, PAPO-D)")
-    max_redraws: int = _option(20, "with dynamic sampling, rounds of redrawing before training on what there is (paper: 20)")
-    max_new_tokens: int = _option(2048, "longest response, in tokens (published: 2048)")
-    prompts_per_batch: int = _option(384, "questions per rollout batch (published: 384)")
-    prompts_per_sample: int = _option(16, "questions sampled at a time; lower it to save memory")
-    updates_per_batch: int = _option(3, "optimizer updates a rollout batch is split into (published: 384 / 128 = 3)")
-    tokens_per_forward: int = _option(8192, "largest row (prompt + responses) of one forward pass; lower it to save memory")
-    learning_rate: float = _option(1e-6, "AdamW learning rate; published 1e-6 for full fine-tuning")
-    weight_decay: float = _option(0.01, "AdamW weight decay (published: 0.01)")
-    max_grad_norm: float = _option(1.0, "gradients longer than this are scaled down to it (published: 1.0)")
+    mask_ratio: float = option(0.6, "probability of blacking out an image patch (paper: p); typical 0.6 to 0.8")
+    patch_size: int = option(14, "side of a masked patch in pixels (paper: s); the trainer takes the model's own")
+    group_size: int = option(5, "responses sampled per question (paper: G); at least 2; typical 5 to 16")
+    temperature: float = option(1.0, "sampling temperature, also used when scoring; typical 1.0")
+    top_p: float = option(1.0, "nucleus sampling: keep the likeliest tokens up to this mass; published runs: 0.99")
+    format_weight: float = option(0.1, "share of the reward that is for format, the rest is for accuracy (released code: 0.1)")
+    dynamic_sampling: bool = option(False, "redraw groups that are all right or all wrong (DAPO, PAPO-D)")
+    max_redraws: int = option(20, "with dynamic sampling, rounds of redrawing before training on what there is (paper: 20)")
+    max_new_tokens: int = option(2048, "longest response, in tokens (published: 2048)")
+    prompts_per_batch: int = option(384, "questions per rollout batch (published: 384)")
+    prompts_per_sample: int = option(16, "questions sampled at a time; lower it to save memory")
+    updates_per_batch: int = option(3, "optimizer updates a rollout batch is split into (published: 384 / 128 = 3)")
+    tokens_per_forward: int = option(8192, "largest row (prompt + responses) of one forward pass; lower it to save memory")
+    learning_rate: float = option(1e-6, "AdamW learning rate; published 1e-6 for full fine-tuning")
+    weight_decay: float = option(0.01, "AdamW weight decay (published: 0.01)")
+    max_grad_norm: float = option(1.0, "gradients longer than this are scaled down to it (published: 1.0)")
 
     def __post_init__(self):
         if self.masked_grad is None:
