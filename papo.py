@@ -202,9 +202,23 @@ def vision_token_ids(model) -> list[int]:
     return [getattr(model.config, name) for name in names]
 
 
+def encode_image(model, prompt) -> Prompt:
+    """With a frozen vision tower: the prompt with the image's features, computed once for all later passes."""
+    with torch.no_grad():
+        features = model.model.get_image_features(**image_inputs([prompt], model.device), return_dict=True)
+    return {**prompt, "features": features}
+
+
 def image_inputs(prompts: list[Prompt], device) -> dict:
-    """The vision tower's arguments for several prompts at once: their patches and grids, one after the other."""
-    return {name: torch.cat([prompt[name] for prompt in prompts]).to(device) for name in ("pixel_values", "image_grid_thw")}
+    """The model's image arguments for several prompts: their patches, or features from encode_image, one after the other."""
+    inputs = {"image_grid_thw": torch.cat([prompt["image_grid_thw"] for prompt in prompts]).to(device)}  # (n, 3)
+    if "features" not in prompts[0]:
+        return inputs | {"pixel_values": torch.cat([prompt["pixel_values"] for prompt in prompts]).to(device)}
+    images = [prompt["features"] for prompt in prompts]
+    joined = type(images[0])(pooler_output=[x for image in images for x in image.pooler_output])  # n x (visual tokens, H)
+    if getattr(images[0], "deepstack_features", None):  # Qwen3-VL: features of some inner layers too
+        joined.deepstack_features = [sum(layer, ()) for layer in zip(*(image.deepstack_features for image in images))]
+    return inputs | {"mm_encoder_outputs": {"image": joined}}
 
 
 def rope_positions(model, input_ids, images, attention_mask=None):
@@ -515,9 +529,16 @@ class Group:
         return 0 < sum(score["accuracy"] for score in self.scores) < len(self.scores)
 
 
+def prepare(model, processor, question, image) -> Prompt:
+    """encode_prompt, and the image's features where training cannot change them."""
+    prompt = encode_prompt(processor, question, image)
+    frozen = not any(p.requires_grad for p in model.model.visual.parameters())
+    return encode_image(model, prompt) if frozen else prompt
+
+
 def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
     """Encode, sample, reward and standardise: a Group per row, not yet masked. generator: on the model's device."""
-    prompts = [encode_prompt(processor, row["problem"], row["images"][0]) for row in rows]
+    prompts = [prepare(model, processor, row["problem"], row["images"][0]) for row in rows]
     sampled = sample_groups(model, processor, prompts, config.group_size, config.max_new_tokens, config.temperature,
                             config.top_p, generator)
     groups = []
@@ -549,7 +570,7 @@ def roll_out(model, processor, config, rows, generator):
         for group in groups:  # one fresh mask per question and step, shared by its group
             image = fit_image(processor, group.row["images"][0])
             group.masked_image = mask_patches(image, config.mask_ratio, config.patch_size, masking)
-            group.masked_prompt = encode_prompt(processor, group.row["problem"], group.masked_image)
+            group.masked_prompt = prepare(model, processor, group.row["problem"], group.masked_image)
     return groups, redraws
 
 

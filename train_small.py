@@ -11,7 +11,6 @@ import base64
 import copy
 import html
 import io
-import itertools
 import json
 import math
 import resource
@@ -26,9 +25,10 @@ from statistics import mean
 from typing import Literal
 
 import datasets
+import optimi
+import peft
 import torch
 from PIL import Image
-from qwen_vl_utils.vision_process import fetch_image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
@@ -44,7 +44,12 @@ from papo import (PAPOConfig, encode_prompt, fit_image, group_logps, mask_patche
 ALGORITHMS = {"grpo": "grpo", "dapo": "dapo", "papo-g": "papo-g-3b", "papo-d": "papo-d-3b"}
 ALGORITHM_FIELDS = ("gamma", "beta", "eta1", "eta2", "masked_grad", "clip_high", "aggregation", "dynamic_sampling")
 # The sizes that suit the embedded world; --preset brings the published ones back.
-TOY_SIZES = dict(group_size=8, prompts_per_batch=16, updates_per_batch=2, max_new_tokens=64, learning_rate=1e-4, steps=60)
+TOY_SIZES = dict(group_size=8, prompts_per_batch=16, updates_per_batch=2, max_new_tokens=64, learning_rate=1e-4, steps=60,
+                 gradient_checkpointing=False)
+GPU_SIZES = {  # --gpu-memory: what fits with a 3B model, prompts of 1,000 and responses of 1,024 tokens
+    24: dict(precision="bf16", lora=16, freeze_vision=True, tokens_per_forward=3072, prompts_per_sample=2, max_new_tokens=1024),
+    48: dict(precision="bf16-kahan", freeze_vision=True, tokens_per_forward=4096, prompts_per_sample=4, max_new_tokens=1024),
+    80: dict(precision="bf16-kahan", tokens_per_forward=8192, prompts_per_sample=16, max_new_tokens=2048)}
 
 
 class UserError(Exception):
@@ -67,11 +72,40 @@ class RunConfig:
     eval_every: int = option(10, "steps between evaluations")
     save_every: int = option(50, "steps between checkpoints; the last step always writes one")
     resume: bool = option(False, "go on from the checkpoint in --out, exactly where it stopped")
+    eval_only: bool = option(False, "answer every question 8 times, with the image and with it masked; do not train")
+    model: str = option(None, "hub name or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; default: the embedded world's")
+    dataset: str = option(None, "hub name, folder, .parquet or .jsonl of questions; default: the embedded world's")
+    split: str = option("train", "split of the data set; its last --eval_size questions are held out")
+    max_samples: int = option(None, "use only the first so many rows")
+    image_column: str = option("images", "column with the image, or a list of one")
+    problem_column: str = option("problem", "column with the question, which may say <image>")
+    answer_column: str = option("answer", "column with the answer")
+    min_pixels: int = option(200704, "smaller images of --dataset are enlarged to this area (published: 200704)")
+    max_pixels: int = option(1003520, "larger images of --dataset are reduced to this area (published: 1003520)")
+    max_prompt_tokens: int = option(4096, "rows of --dataset with a longer prompt are skipped (published: 4096)")
+    gradient_checkpointing: bool = option(True, "recompute activations in backward: less memory, about a third more time")
+    lora: int = option(None, "train a LoRA adapter of this rank instead of all weights; typical 16 to 64")
+    merge: bool = option(False, "with --lora: write checkpoints with the adapter merged into the weights")
+    precision: Literal["fp32", "bf16", "bf16-kahan"] = option(
+        "fp32", "of the weights; bf16 needs --lora, bf16-kahan compensates the rounding of small updates")
+    freeze_vision: bool = option(False, "do not train the vision tower; its features are computed once per image")
+    gpu_memory: Literal[24, 48, 80] = option(None, "settings for a GPU of so many GiB, listed in the README")
 
     def __post_init__(self):
-        for name in ("eval_size", "eval_every", "save_every", "steps"):
+        for name in ("eval_size", "eval_every", "save_every", "steps", "max_samples", "lora", "min_pixels", "max_prompt_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 1 <= self.digits <= 9:
+            raise ValueError(f"digits must lie in [1, 9], got {self.digits}")
+        if self.max_pixels < self.min_pixels:
+            raise ValueError(f"max_pixels {self.max_pixels} is smaller than min_pixels {self.min_pixels}")
+        if self.dataset and not self.model:
+            raise ValueError("--dataset needs --model: the embedded world's model knows only its own questions")
+        if self.merge and not self.lora:
+            raise ValueError("--merge needs --lora")
+        if self.precision == "bf16" and not self.lora and not self.eval_only:
+            raise ValueError("bf16 weights with plain AdamW lose most updates (at |w| = 0.02 one bf16 step is 1e-4, an update 1e-6): "
+                             "use --precision bf16-kahan, or --lora RANK")
 
 
 class Parser(HfArgumentParser):
@@ -87,8 +121,8 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
         recipe = asdict(PAPOConfig.preset(first.preset or ALGORITHMS[first.algorithm]))
         recipe["masked_grad"] = None  # follows eta2, which a flag may change
         if not first.preset:
-            recipe = {name: recipe[name] for name in ALGORITHM_FIELDS} | TOY_SIZES
-        parser.set_defaults(**recipe)
+            recipe = {name: recipe[name] for name in ALGORITHM_FIELDS} | ({} if first.model else TOY_SIZES)
+        parser.set_defaults(**recipe | GPU_SIZES.get(first.gpu_memory, {}))
         config, run = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
         raise UserError(error) from None
@@ -106,33 +140,152 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Rows:
+    """The usable rows of a data set as {images: [one image], problem, answer, ...}, decoded when asked for."""
+
+    def __init__(self, dataset, columns, folder, indices):
+        self.dataset, self.columns, self.folder, self.indices = dataset, columns, folder, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return read_row(self.dataset[self.indices[i]], self.columns, self.folder)
+
+    def part(self, start, end):
+        return Rows(self.dataset, self.columns, self.folder, self.indices[start:end])
+
+
 class RowStream:
-    """An endless iterator over a data set, newly shuffled each epoch. `count` rows are behind it: all the state there is."""
+    """An endless iterator over rows, newly shuffled each epoch. `count` rows are behind it: all the state there is."""
 
     def __init__(self, rows, seed):
-        self.rows, self.seed, self.count = rows, seed, 0
+        self.rows, self.seed, self.count, self.order = rows, seed, 0, None
 
     def __iter__(self):
         return self
 
     def __next__(self):
         epoch, place = divmod(self.count, len(self.rows))
-        if place == 0 or not hasattr(self, "order"):
+        if place == 0 or self.order is None:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self.order = torch.randperm(len(self.rows), generator=generator).tolist()
         self.count += 1
         return self.rows[self.order[place]]
 
 
-def load_toy(run):
-    """The embedded world: model and processor after the warm start, questions to train on, held-out questions."""
+def open_dataset(name, split):
+    """A data set by hub name, folder, or parquet / jsonl file."""
+    path = Path(name)
+    builder = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
     try:
-        train = toy.toy_dataset("train", 2048, digits=run.digits, seed=run.seed)
+        if builder and path.is_file():
+            return datasets.load_dataset(builder, data_files=str(path), split="train")
+        if path.is_dir() and (path / "state.json").exists():
+            return datasets.load_from_disk(name)
+        if builder or path.is_absolute() or name.startswith(".") and not path.exists():
+            raise UserError(f"--dataset {name}: no such file or folder")
+        return datasets.load_dataset(name, split=split)
+    except UserError:
+        raise
+    except Exception as error:  # the library's own errors are many; its message says which
+        raise UserError(f"--dataset {name}: cannot be read{hub_hint(path)}: {type(error).__name__}: {error}") from None
+
+
+def hub_hint(path):
+    """What to try where a name is no local folder, so that the hub was asked."""
+    return "" if path.exists() else (" here or from the hub (is there a network? Without --model and --dataset the embedded world "
+                                     "runs offline)")
+
+
+def read_row(row, columns, folder):
+    """One row in the trainer's own columns. Raises ValueError with the reason if it has not exactly one image, or no answer."""
+    image_column, problem_column, answer_column = columns
+    images = row[image_column] if isinstance(row[image_column], (list, tuple)) else [row[image_column]]
+    images = [image for image in images if image is not None]
+    if len(images) != 1:
+        raise ValueError("no image" if not images else "more than one image")
+    image = images[0]
+    if isinstance(image, dict):  # undecoded: {bytes, path}
+        image = Image.open(io.BytesIO(image["bytes"])) if image.get("bytes") else image["path"]
+    if isinstance(image, str) and "://" not in image and not image.startswith("data:"):
+        image = Image.open(folder / image)
+    answer = "" if row[answer_column] is None else str(row[answer_column]).strip()
+    if not answer:
+        raise ValueError("empty answer")
+    if not row[problem_column]:
+        raise ValueError("empty problem")
+    return {**row, "images": [image], "problem": row[problem_column], "answer": answer}
+
+
+def load_rows(run, processor):
+    """The usable rows of --dataset. The others are counted and reported by reason; none is cut to fit."""
+    dataset = open_dataset(run.dataset, run.split)
+    columns = run.image_column, run.problem_column, run.answer_column
+    if missing := [name for name in columns if name not in dataset.column_names]:
+        raise UserError(f"--dataset {run.dataset} has no column {', '.join(missing)}; it has {', '.join(dataset.column_names)} "
+                        "(see --image-column, --problem-column, --answer-column)")
+    folder = Path(run.dataset) if Path(run.dataset).is_dir() else Path(run.dataset).parent
+    usable, skipped = [], Counter()
+    for i in tqdm(range(min(len(dataset), run.max_samples or len(dataset))), desc="checking rows", unit="row"):
+        try:
+            row = read_row(dataset[i], columns, folder)
+            prompt = encode_prompt(processor, row["problem"], row["images"][0])
+            if prompt["input_ids"].shape[1] > run.max_prompt_tokens:
+                raise ValueError(f"prompt longer than {run.max_prompt_tokens} tokens")
+            usable.append(i)
+        except ValueError as error:
+            skipped[str(error)] += 1
+        except (OSError, SyntaxError):  # what Pillow raises for a damaged file
+            skipped["unreadable image"] += 1
+    for reason, count in skipped.most_common():
+        print(f"skipped {count} rows: {reason}")
+    if len(usable) < 2:
+        raise UserError(f"--dataset {run.dataset}: {len(usable)} usable rows, at least 2 are needed; skipped {dict(skipped)}")
+    return Rows(dataset, columns, folder, usable)
+
+
+SUPPORTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+def load_model(run):
+    """Model and processor of --model, with the image sizes of the command line where a data set is given."""
+    path = Path(run.model)
+    if (path.is_absolute() or run.model.startswith(".")) and not path.is_dir():
+        raise UserError(f"--model {run.model}: no such folder")
+    try:
+        kind = AutoConfig.from_pretrained(run.model).model_type
+        if kind not in SUPPORTED:
+            raise UserError(f"--model {run.model} is a {kind}; supported are {', '.join(SUPPORTED)}")
+        processor = AutoProcessor.from_pretrained(run.model)
+        dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            run.model, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    except UserError:
+        raise
+    except Exception as error:  # a missing file, a cut-off one, no network: the message says which
+        raise UserError(f"--model {run.model}: cannot be loaded{hub_hint(path)}: {type(error).__name__}: {error}") from None
+    if report["missing_keys"]:
+        raise UserError(f"--model {run.model} lacks {len(report['missing_keys'])} weights, such as {min(report['missing_keys'])}")
+    if run.dataset:
+        processor.image_processor.size = {"shortest_edge": run.min_pixels, "longest_edge": run.max_pixels}
+    return model, processor
+
+
+def load(run):
+    """Model, processor, rows to train on, held-out rows."""
+    if run.model:
+        model, processor = load_model(run)
+    if run.dataset:
+        rows = load_rows(run, processor)
+        end = 0 if run.eval_only else len(rows) - max(1, min(run.eval_size, len(rows) // 4))
+        rows, held_out = rows.part(0, end), rows.part(end, None)  # held out: the last ones, or all if nothing is trained
+    else:
+        rows = toy.toy_dataset("train", 2048, digits=run.digits, seed=run.seed)
         held_out = toy.toy_dataset("test", run.eval_size, digits=run.digits, seed=0)  # the same for every seed
-    except ValueError as error:
-        raise UserError(error) from None
-    model, processor = toy.warm_start(digits=run.digits, seed=run.seed)
-    return model, processor, train, held_out
+    if not run.model:
+        model, processor = toy.warm_start(digits=run.digits, seed=run.seed)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, rows, held_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,16 +327,16 @@ def summarise(groups):
     return summary
 
 
-def print_table(before, after):
-    """Before and after, in percent of the responses."""
+def print_table(title, columns):
+    """Summaries side by side, in percent. columns: heading -> summary."""
     names = {"accuracy": f"accuracy (avg@{SAMPLES})", "accuracy_low": "  low vision dependency",
              "accuracy_medium": "  medium", "accuracy_high": "  high", "accuracy_masked": "  with the image masked",
              f"pass@{SAMPLES}": f"right at least once (pass@{SAMPLES})",
-             **{f"error_{kind}": f"  {kind} error" for kind in toy.ERROR_TYPES}}
-    print(f"\n{'held-out questions, % of responses':36}  before   after")
+             **{f"error_{kind}": f"{kind} errors" for kind in toy.ERROR_TYPES}}
+    print(f"\n{title:36}" + "".join(f"{heading:>8}" for heading in columns))
     for name, label in names.items():
-        if name in before:
-            print(f"{label:36}  {100 * before[name]:6.1f}  {100 * after[name]:6.1f}")
+        if all(name in summary for summary in columns.values()):
+            print(f"{label:36}" + "".join(f"{100 * summary[name]:8.1f}" for summary in columns.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,14 +348,30 @@ class Trainer:
     """Everything that changes during a run (weights, optimizer, random state, place in the data), and one step of it."""
 
     def __init__(self, model, processor, config, run, rows):
-        self.model, self.processor, self.config, self.steps_done = model, processor, config, 0
+        self.model, self.processor, self.config, self.run, self.steps_done = model, processor, config, run, 0
         self.rows = RowStream(rows, run.seed)
         self.generator = torch.Generator().manual_seed(run.seed)
+        self.seconds, self.memory, self.phase_name = {}, {}, "set-up"
+        if run.freeze_vision:
+            model.model.visual.requires_grad_(False)
+        self.adapter = None
+        if run.lora:  # layers are replaced inside the model, so papo.py sees the same model as ever
+            self.adapter = peft.get_peft_model(model, peft.LoraConfig(
+                r=run.lora, lora_alpha=2 * run.lora, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj"))
+        frozen = copy.deepcopy(model).requires_grad_(False) if config.beta and not run.lora else None
+        self.reference = self.without_adapter if run.lora else lambda: nullcontext(frozen)
+        if run.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        settings = dict(lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
         trained = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
-        frozen = copy.deepcopy(model).requires_grad_(False) if config.beta else None
-        self.reference = lambda: nullcontext(frozen)
-        self.seconds, self.memory, self.phase_name = {}, {}, "start"
+        kahan = run.precision == "bf16-kahan" and not run.lora  # an adapter's weights are fp32 in any case
+        self.optimizer = optimi.AdamW(trained, **settings, kahan_sum=True) if kahan else torch.optim.AdamW(trained, **settings)
+
+    @contextmanager
+    def without_adapter(self):
+        """The reference policy under LoRA: the same model with its adapter switched off, no second copy."""
+        with self.adapter.disable_adapter():
+            yield self.model
 
     @contextmanager
     def phase(self, name):
@@ -211,12 +380,12 @@ class Trainer:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         yield
-        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_rss()
+        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_rss()  # waits for the GPU? No: .item() has
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.memory[name] = max(self.memory.get(name, 0.0), peak)
 
     def step(self) -> dict:
-        """Roll out one batch and train on it. Returns metrics: those of papo_step averaged over the updates, and rollout's."""
+        """Roll out one batch and train on it. Returns metrics: those of papo_step averaged over the updates, and the rollout's."""
         config = self.config
         with self.phase("sample"):
             groups, redraws = roll_out(self.model, self.processor, config, self.rows, self.generator)
@@ -235,10 +404,42 @@ class Trainer:
                 "groups": len(groups), "mixed": sum(group.mixed for group in groups), "redraws": redraws,
                 "response_tokens": mean(lengths) if lengths else 0.0}
 
-    def state(self) -> dict:
-        """What an exact resume needs besides the weights."""
-        return {"step": self.steps_done, "rows": self.rows.count, "generator": self.generator.get_state(),
-                "optimizer": self.optimizer.state_dict()}
+    def save(self, folder, card):
+        """Weights, processor, model card and trainer state, written beside and then swapped in: the last one stays whole."""
+        fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        if self.run.merge:
+            copy.deepcopy(self.adapter).merge_and_unload().save_pretrained(fresh)
+        elif self.adapter:
+            self.adapter.save_pretrained(fresh)
+            self.model.config.save_pretrained(fresh)
+        else:
+            self.model.save_pretrained(fresh)
+        self.processor.save_pretrained(fresh)
+        (fresh / "README.md").write_text(card)
+        adapter = peft.get_peft_model_state_dict(self.adapter) if self.adapter else None  # small, and not rounded by a merge
+        torch.save({"step": self.steps_done, "rows": self.rows.count, "generator": self.generator.get_state(), "adapter": adapter,
+                    "optimizer": self.optimizer.state_dict()}, fresh / "trainer_state.pt")
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def load(self, folder):
+        """Go on from a checkpoint of the same run, bit for bit."""
+        try:
+            state = torch.load(folder / "trainer_state.pt", weights_only=True)
+            if self.adapter:
+                peft.set_peft_model_state_dict(self.adapter, state["adapter"])
+            else:
+                saved = AutoModelForImageTextToText.from_pretrained(folder, dtype=self.model.dtype)
+                self.model.load_state_dict(saved.state_dict())
+            self.optimizer.load_state_dict(state["optimizer"])
+        except Exception as error:  # missing, cut off, or of another model
+            raise UserError(f"--resume: {folder} cannot be loaded: {type(error).__name__}: {error}") from None
+        self.generator.set_state(state["generator"])
+        self.steps_done, self.rows.count = state["step"], state["rows"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -246,67 +447,46 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder, trainer, card):
-    """Weights, processor, model card and trainer state, written beside and then swapped in: the last one stays whole."""
-    fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    trainer.model.save_pretrained(fresh)
-    trainer.processor.save_pretrained(fresh)
-    (fresh / "README.md").write_text(card)
-    torch.save(trainer.state(), fresh / "trainer_state.pt")
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def model_card(config, run, steps, before, after):
-    """The checkpoint's README.md, with the metadata a model hub reads."""
-    method = {"papo-g": "PAPO-G", "papo-d": "PAPO-D", "grpo": "GRPO", "dapo": "DAPO"}[run.algorithm]
-    base, data = "toy.py's warm start", f"toy.py's sums of {run.digits} handwritten digits"
-    rows = "\n".join(f"| {name} | {100 * before[name]:.1f} | {100 * after[name]:.1f} |" for name in before if name in after)
-    settings = "\n".join(f"| {name} | {value} |" for name, value in {**asdict(config), "seed": run.seed, "steps": steps}.items())
-    return f"""---
+CARD = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
+{metadata}
 tags: [papo, reinforcement-learning, vision-language]
 ---
 
-# {method} (gamma = {config.gamma:g}) on {base}
+# {method} (gamma = {gamma:g}) on {base}
 
 ## Method
 
-Perception-Aware Policy Optimization (arXiv 2507.06448) trains a vision-language model by reinforcement learning with
-rewards that a rule decides. To the objective of GRPO (PAPO-G) or DAPO (PAPO-D) it adds a KL divergence between the policy
-looking at the image and the same policy looking at a randomly masked one. Raising it rewards answers that depend on the image.
+Perception-Aware Policy Optimization (arXiv 2507.06448) trains a vision-language model by reinforcement learning with rewards
+that a rule decides. To the objective of GRPO (PAPO-G) or DAPO (PAPO-D) it adds a KL divergence between the policy looking at
+the image and the same policy looking at a randomly masked one. Raising it rewards answers that depend on the image.
 
 ## Model version
 
-{method}, gamma = {config.gamma:g}, eta1 = {config.eta1:g}, eta2 = {config.eta2:g}, beta = {config.beta:g}, mask ratio {config.mask_ratio:g},
-seed {run.seed}, {steps} steps.
+{version}
 
 ## Usage
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
-model = AutoModelForImageTextToText.from_pretrained("checkpoint")
-processor = AutoProcessor.from_pretrained("checkpoint")
-inputs = encode_prompt(processor, "<image>What is the sum of the digits?", image)  # from papo import encode_prompt
-print(processor.decode(model.generate(**inputs, max_new_tokens={config.max_new_tokens})[0]))
+from papo import encode_prompt  # adds the instruction the model was trained with
+model, processor = (kind.from_pretrained("{folder}") for kind in (AutoModelForImageTextToText, AutoProcessor))
+inputs = encode_prompt(processor, question, image)
+print(processor.decode(model.generate(**inputs, max_new_tokens={max_new_tokens})[0]))
 ```
 
 ## Data
 
-{data}.
+Trained on {data}; {steps} steps of {prompts_per_batch} questions, {group_size} responses each.
 
 ## Results
 
-Held-out questions, % of {SAMPLES} sampled responses each:
+Held-out questions, % of {samples} sampled responses each:
 
 | | before | after |
 |---|---|---|
-{rows}
+{results}
 
 ## Settings
 
@@ -314,6 +494,24 @@ Held-out questions, % of {SAMPLES} sampled responses each:
 |---|---|
 {settings}
 """
+
+
+def model_card(config, run, steps, before, after):
+    """The checkpoint's README.md, with the metadata that a model hub reads."""
+    method = {"papo-g": "PAPO-G", "papo-d": "PAPO-D", "grpo": "GRPO", "dapo": "DAPO"}[(run.preset or run.algorithm)[:6].rstrip("-")]
+    version = {"PAPO-G": "PAPO-H " if config.gamma == 0.02 and not config.eta1 and not config.eta2 else ""}.get(method, "")
+    metadata = {"base_model": run.model, "datasets": run.dataset and [run.dataset], "method": method,
+                **{name: getattr(config, name) for name in ("gamma", "beta", "eta1", "eta2", "mask_ratio")}, "seed": run.seed,
+                "steps": steps, "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"]}
+    return CARD.format(
+        **asdict(config), steps=steps, samples=SAMPLES, method=method, folder=Path(run.out) / "checkpoint",
+        metadata="\n".join(f"{name}: {json.dumps(value)}" for name, value in metadata.items() if value is not None),
+        base=run.model or "the embedded world's warm start",
+        data=f"`{run.dataset}`, split `{run.split}`" if run.dataset else f"sums of {run.digits} handwritten digits (toy.py)",
+        version=f"{method} {version}(gamma = {config.gamma:g}, eta1 = {config.eta1:g}, eta2 = {config.eta2:g}, beta = {config.beta:g}, "
+                f"mask ratio {config.mask_ratio:g}, seed {run.seed}).",
+        results="\n".join(f"| {name} | {100 * before[name]:.1f} | {100 * after[name]:.1f} |" for name in before),
+        settings="\n".join(f"| {name} | {value} |" for name, value in asdict(config).items()))
 
 
 def plot_curves(path, history):
@@ -350,10 +548,10 @@ def plot_curves(path, history):
 
 
 @torch.no_grad()
-def look_closely(model, processor, config, rows, seed=0):
+def look_closely(trainer, rows):
     """What samples.html shows of a few questions: for every response token log pi - log pi_mask, nats the image is worth."""
-    generator = torch.Generator().manual_seed(seed)
-    config = replace(config, prompts_per_batch=len(rows), group_size=4, dynamic_sampling=False, gamma=1.0)  # gamma: draw masks
+    model, processor, generator = trainer.model, trainer.processor, torch.Generator().manual_seed(0)
+    config = replace(trainer.config, prompts_per_batch=len(rows), group_size=4, dynamic_sampling=False, gamma=1.0)  # gamma: draw masks
     groups, _ = roll_out(model, processor, config, iter(rows), generator)
     shown = []
     for group in groups:
@@ -417,6 +615,22 @@ likelier. {shade("Orange", -3)}: less likely. Plain: the token does not depend o
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def explain_out_of_memory(trainer):
+    """Turn an allocator's error into the phase it happened in, the sizes, and the flags that help."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; on a CPU only the text tells
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        c, help = trainer.config, {"sample": "--prompts_per_sample, --max_new_tokens", "score": "--tokens_per_forward"}
+        raise UserError(
+            f"out of memory in phase {trainer.phase_name} with group_size {c.group_size}, max_new_tokens {c.max_new_tokens}, "
+            f"prompts_per_sample {c.prompts_per_sample}, tokens_per_forward {c.tokens_per_forward}; lower "
+            f"{help.get(trainer.phase_name, '--tokens_per_forward')} or --max_pixels, or use --lora 16 --precision bf16, "
+            f"--freeze_vision, --gpu_memory; the last checkpoint is whole") from error
+
+
 def peak_rss():
     """The process's largest memory so far, in GiB (macOS counts bytes, Linux KiB)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
@@ -424,53 +638,81 @@ def peak_rss():
 
 def train(config, run):
     """The whole run: load, evaluate, train with evaluations in between, write everything to run.out."""
-    model, processor, rows, held_out = load_toy(run)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    config = replace(config, patch_size=processor.image_processor.patch_size)
-    trainer = Trainer(model, processor, config, run, rows)
     out = Path(run.out)
+    if run.resume and not (out / "checkpoint").is_dir():
+        raise UserError(f"--resume: there is no {out / 'checkpoint'}")
+    model, processor, rows, held_out = load(run)
+    config = replace(config, patch_size=processor.image_processor.patch_size)
+    run.steps = run.steps or math.ceil(2 * len(rows) / config.prompts_per_batch)  # published: two epochs
+    trainer = Trainer(model, processor, config, run, rows)
     examples = [held_out[i] for i in range(min(3, len(held_out)))]
+    before_looks = look_closely(trainer, examples)
+    history = []
+    if run.resume:
+        trainer.load(out / "checkpoint")
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        history = [line for line in map(json.loads, lines) if line["step"] <= trainer.steps_done]
 
     def evaluation():
         with trainer.phase("evaluate"):
             summary = summarise(evaluate(model, processor, config, held_out))
             return {**summary, "accuracy_masked": summarise(evaluate(model, processor, config, held_out, masked=True))["accuracy"]}
 
-    before = after = evaluation()
-    looks = [look_closely(model, processor, config, examples)]
+    evaluations = [{name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+                   for line in history if "eval_accuracy" in line] or [evaluation()]
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({**asdict(config), **asdict(run)}, indent=2) + "\n")
-    history = [{"step": 0, **{f"eval_{name}": value for name, value in before.items()}}]
-    with open(out / "metrics.jsonl", "w") as log, tqdm(total=run.steps, desc=run.algorithm, unit="step") as bar:
-        print(json.dumps(history[0]), file=log)
-        for step in range(1, run.steps + 1):
+    history = history or [{"step": 0, **{f"eval_{name}": value for name, value in evaluations[0].items()}}]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    bar = tqdm(range(trainer.steps_done + 1, run.steps + 1), desc=run.algorithm, unit="step", initial=trainer.steps_done, total=run.steps)
+    for step in bar:
+        with explain_out_of_memory(trainer):
             metrics = trainer.step()
-            if step % run.eval_every == 0 or step == run.steps:
-                after = evaluation()
-                metrics |= {f"eval_{name}": value for name, value in after.items()}
-            history.append(metrics)
-            print(json.dumps(metrics), file=log, flush=True)
-            bar.set_postfix(reward=f"{metrics.get('reward', 0):.2f}", accuracy=f"{metrics.get('accuracy', 0):.2f}",
-                            kl_prcp=f"{metrics.get('kl_prcp', 0):.3f}", held_out=f"{after['accuracy']:.2f}")
-            bar.update()
-            if metrics["groups"] < config.prompts_per_batch:
-                tqdm.write(f"step {step}: {metrics['groups']} mixed groups after {metrics['redraws']} redraws, trained on those")
-            if step % run.save_every == 0 or step == run.steps:
-                save_checkpoint(out / "checkpoint", trainer, model_card(config, run, step, before, after))
-    looks.append(look_closely(model, processor, config, examples))
-    write_samples(out / "samples.html", *looks)
+        last = step == run.steps
+        if step % run.eval_every == 0 or last:
+            evaluations.append(evaluation())
+            metrics |= {f"eval_{name}": value for name, value in evaluations[-1].items()}
+        history.append(metrics)
+        with open(out / "metrics.jsonl", "a") as log:
+            print(json.dumps(metrics), file=log)
+        bar.set_postfix(reward=f"{metrics.get('reward', 0):.2f}", accuracy=f"{metrics.get('accuracy', 0):.2f}",
+                        kl_prcp=f"{metrics.get('kl_prcp', 0):.3f}", held_out=f"{evaluations[-1]['accuracy']:.2f}")
+        if metrics["groups"] < config.prompts_per_batch:
+            tqdm.write(f"step {step}: only {metrics['groups']} mixed groups after {metrics['redraws']} redraws, trained on those")
+        if step % run.save_every == 0 or last:
+            trainer.save(out / "checkpoint", model_card(config, run, step, evaluations[0], evaluations[-1]))
+    write_samples(out / "samples.html", before_looks, look_closely(trainer, examples))
     plot_curves(out / "curves.png", history)
-    print_table(before, after)
+    print_table("held-out questions, % of responses", {"before": evaluations[0], "after": evaluations[-1]})
     total = sum(trainer.seconds.values())
-    print("\n" + ", ".join(f"{name} {seconds:.0f} s ({seconds / total:.0%}, peak {trainer.memory[name]:.1f} GiB)"
-                           for name, seconds in trainer.seconds.items()))
-    print(f"written to {out}/: config.json, metrics.jsonl, curves.png, samples.html, checkpoint/")
-    return history
+    print("\n" + "\n".join(f"{name:10} {seconds:6.0f} s  {seconds / total:4.0%}  peak memory {trainer.memory[name]:.1f} GiB"
+                            for name, seconds in trainer.seconds.items()))
+    (out / "phases.json").write_text(json.dumps({"seconds": trainer.seconds, "peak_GiB": trainer.memory}, indent=2) + "\n")
+    print(f"written to {out}/: config.json, metrics.jsonl, phases.json, curves.png, samples.html, checkpoint/")
+
+
+def evaluate_only(config, run):
+    """avg@8 and pass@8 with the image and with it masked, question by question in run.out/eval.jsonl."""
+    model, processor, _, rows = load(run)
+    config = replace(config, patch_size=processor.image_processor.patch_size)
+    seen, masked = evaluate(model, processor, config, rows), evaluate(model, processor, config, rows, masked=True)
+    out = Path(run.out)
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "eval.jsonl", "w") as file:
+        for group, blind in zip(seen, masked):
+            print(json.dumps({"problem": group.row["problem"], "answer": group.row["answer"],
+                              "accuracy": mean(s["accuracy"] for s in group.scores), "responses": group.texts,
+                              "accuracy_masked": mean(s["accuracy"] for s in blind.scores), "responses_masked": blind.texts}), file=file)
+    columns = {"image": summarise(seen), "masked": summarise(masked)}
+    columns["gap"] = {name: columns["image"][name] - columns["masked"][name] for name in columns["image"]}
+    print_table(f"{len(rows)} questions, % of responses", columns)
+    print(f"\nwritten to {out}/eval.jsonl")
 
 
 def main(argv=None):
     try:
-        train(*parse_args(argv))
+        config, run = parse_args(argv)
+        (evaluate_only if run.eval_only else train)(config, run)
     except UserError as error:
         print(f"train_small.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

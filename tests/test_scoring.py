@@ -1,0 +1,212 @@
+"""group_logps: a group scored as one row equals each response scored alone by the model's own forward."""
+
+import statistics
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model, make_processor, picture, random_responses, stock_score, two_prompts
+
+from torch.utils.flop_counter import FlopCounterMode
+
+import papo
+from papo import group_logps, token_logps
+
+
+def close(a, b, tolerance=2e-5):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def gradients(model, scalar):
+    model.zero_grad()
+    scalar.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("lengths, temperature", [([5, 1, 9, 3], 1.0), ([4], 0.7)])
+def test_group_row_equals_one_stock_forward_per_response(vlm, lengths, temperature, checkpointing):
+    """Log-probs, entropies and the gradients of all parameters, also with the layers recomputed in backward."""
+    model, processor = vlm
+    prompt, responses = two_prompts(processor)[1], random_responses(processor, lengths)
+    weights = torch.rand(2, len(lengths), max(lengths), generator=torch.Generator().manual_seed(1))
+    scores = [stock_score(model, prompt, o, temperature) for o in responses]
+    naive = sum((weights[k, i, :n] * scores[i][k]).sum() for i, n in enumerate(lengths) for k in range(2))
+    expected = gradients(model, naive)
+
+    calls = []
+    if checkpointing:
+        model.train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    inner = model.model.language_model.layers[0].mlp  # part of a layer: runs again if the layer is recomputed
+    hook = inner.register_forward_pre_hook(lambda *_: calls.append(1))
+    logps, mask, entropy = group_logps(model, prompt, responses, temperature, with_entropy=True)
+    result = gradients(model, (weights[0] * mask * logps + weights[1] * mask * entropy).sum())
+    hook.remove()
+    assert len(calls) == (2 if checkpointing else 1)  # one pass for the whole group
+
+    assert logps.shape == mask.shape == entropy.shape == (len(lengths), max(lengths)) and logps.dtype == torch.float32
+    for i, n in enumerate(lengths):
+        close(logps[i, :n], scores[i][0])
+        close(entropy[i, :n], scores[i][1])
+        assert (mask[i, :n] == 1).all() and not mask[i, n:].any() and not logps[i, n:].any()
+    assert result.keys() == expected.keys() and len(result) > 30
+    for name in expected:
+        close(result[name], expected[name], 1e-4 * max(1.0, expected[name].abs().max().item()))
+
+
+def test_the_picture_matters(vlm):
+    """These models do look: blacking out the image moves the log-probs by nats, and they are far from uniform."""
+    model, processor = vlm
+    prompt, responses = two_prompts(processor)[1], random_responses(processor, [6, 6])
+    black = {**prompt, "pixel_values": torch.full_like(prompt["pixel_values"], -1.8)}
+    with torch.no_grad():
+        logps, mask, entropy = group_logps(model, prompt, responses, with_entropy=True)
+        assert (logps - group_logps(model, black, responses)[0]).abs().mean() > 0.3
+    assert entropy.max() < 0.8 * torch.tensor(float(len(processor.tokenizer))).log()
+
+
+def test_responses_do_not_see_each_other(vlm):
+    """Changing one response leaves the others' log-probs; permuting the responses permutes the rows."""
+    model, processor = vlm
+    prompt, responses = two_prompts(processor)[0], random_responses(processor, [4, 6, 2])
+    with torch.no_grad():
+        logps = group_logps(model, prompt, responses)[0]
+        changed = group_logps(model, prompt, [responses[0], random_responses(processor, [6], seed=9)[0], responses[2]])[0]
+        close(changed[[0, 2]], logps[[0, 2]])
+        assert (changed[1] - logps[1]).abs().max() > 0.1
+        order = [2, 0, 1]
+        close(group_logps(model, prompt, [responses[i] for i in order])[0], logps[order])
+
+
+def test_the_end_token_is_trained_and_padding_is_not(one_vlm):
+    """EOS counts as a response token (else stopping is never learned), also where the padding token is the same."""
+    model, processor = one_vlm
+    processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    prompt, responses = two_prompts(processor)[0], random_responses(processor, [3, 5])
+    logps, mask = group_logps(model, prompt, responses)
+    processor.tokenizer.pad_token = "<|endoftext|>"
+    assert mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
+    head = model.get_output_embeddings().weight
+    ends = torch.autograd.grad(papo.aggregate(logps, mask, "token"), head)[0][processor.tokenizer.eos_token_id]
+    assert ends.abs().max() > 1e-3
+
+
+def test_vision_tokens_and_empty_responses_are_refused(one_vlm):
+    """A vision token in a response would be taken for an image position; no response has nothing to score."""
+    model, processor = one_vlm
+    prompt = two_prompts(processor)[0]
+    for name in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"):
+        with pytest.raises(ValueError, match="vision token"):
+            group_logps(model, prompt, [torch.tensor([9, processor.tokenizer.convert_tokens_to_ids(name), 10])])
+    for responses in ([], [torch.tensor([9]), torch.tensor([], dtype=torch.long)]):
+        with pytest.raises(ValueError, match="at least one"):
+            group_logps(model, prompt, responses)
+
+
+def test_positions_depend_on_nothing_but_the_prompt(vlm):
+    """Neither token types missing from the prompt nor rope_deltas left by an earlier generate call change a number."""
+    model, processor = vlm
+    (first, second), responses = two_prompts(processor), random_responses(processor, [4, 7])
+    with torch.no_grad():
+        expected = torch.stack([F.pad(stock_score(model, second, o)[0], (0, 7 - len(o))) for o in responses])
+        model.generate(**first, max_new_tokens=2, do_sample=False)
+        assert model.model.rope_deltas is not None
+        close(group_logps(model, second, responses)[0], expected)
+        model.model.rope_deltas = torch.tensor([[1000]])
+        bare = {name: second[name] for name in ("input_ids", "pixel_values", "image_grid_thw")}
+        close(group_logps(model, bare, responses)[0], expected)
+
+
+def test_attention_kinds(vlm, monkeypatch):
+    """The row's mask means the same to eager attention; kinds that take no such mask are refused, not run without it."""
+    model, processor = vlm
+    prompt, responses = two_prompts(processor)[0], random_responses(processor, [3, 5])
+    with torch.no_grad():
+        expected = group_logps(model, prompt, responses)[0]
+        model.set_attn_implementation("eager")
+        close(group_logps(model, prompt, responses)[0], expected)
+    monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
+    with pytest.raises(ValueError, match="flash_attention_2"):
+        group_logps(model, prompt, responses)
+
+
+def head_inputs(N=23, H=8, V=50):
+    g = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(H, V, bias=False)
+    head.weight.data = torch.randn(V, H, generator=g)
+    return torch.randn(N, H, generator=g).requires_grad_(), torch.randint(V, (N,), generator=g), head
+
+
+@pytest.mark.parametrize("chunk, temperature", [(4, 1.0), (23, 0.6), (1, 2.0), (100, 1.0)])
+def test_chunked_head_equals_the_naive_one(chunk, temperature, monkeypatch):
+    """Values and gradients of log-probs and exact entropy, whether or not the chunks divide the positions."""
+    monkeypatch.setattr(papo, "HEAD_CHUNK", chunk)
+    hidden, targets, head = head_inputs()
+    log_probs = F.log_softmax(head(hidden) / temperature, dim=-1)
+    naive = log_probs[torch.arange(23), targets], -(log_probs.exp() * log_probs).sum(1)
+    result = token_logps(hidden, targets, head, temperature)
+    weights = torch.arange(46.0).view(2, 23) / 46
+    for a, b in zip(result, naive):
+        close(a, b)
+    for a, b in zip(torch.autograd.grad((torch.stack(result) * weights).sum(), (hidden, head.weight)),
+                    torch.autograd.grad((torch.stack(naive) * weights).sum(), (hidden, head.weight))):
+        close(a, b)
+
+
+def test_the_head_never_holds_all_logits(monkeypatch):
+    """Forward keeps no tensor with V columns for backward, and no call of the head, in forward or in backward, sees more
+    than a chunk; a plain loop over chunks would keep all N x V numbers."""
+    monkeypatch.setattr(papo, "HEAD_CHUNK", 4)
+    hidden, targets, head = head_inputs()
+    kept, rows = [], []
+    head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        logps, entropy = token_logps(hidden, targets, head)
+    (logps.sum() + entropy.sum()).backward()
+    assert all(50 not in shape for shape in kept), kept
+    assert rows == [4, 4, 4, 4, 4, 3] + rows[6:] and len(rows) == 12 and max(rows) == 4
+
+
+def test_bf16_scores_are_fp32():
+    """The softmax runs in fp32 also over a bf16 head."""
+    hidden, targets, head = head_inputs()
+    logps, entropy = token_logps(hidden.bfloat16(), targets, head.bfloat16())
+    assert logps.dtype == entropy.dtype == torch.float32
+    close(logps, F.log_softmax(head(hidden.bfloat16()).float(), -1)[torch.arange(23), targets], 1e-6)
+
+
+def test_a_group_row_is_cheaper_than_a_padded_batch():
+    """G = 8, prompt P = 275, response T = 100, no gradient: one row of P + G T = 1,075 tokens against G rows of P + T = 375.
+    The work of all linear layers falls as the tokens do, 2.8 times; attention, small in a real model, does not grow; and
+    processor time falls too."""
+    processor = make_processor("qwen2_5_vl")
+    model = make_model("qwen2_5_vl", processor, hidden_size=256, intermediate_size=1024)
+    prompt = papo.encode_prompt(processor, "<image>" + "Q" * 300, picture(0, 84, 56))
+    ids = prompt["input_ids"]
+    prompt["input_ids"] = torch.cat([ids[:, :200], ids[:, -75:]], dim=1)  # (1, P), the middle of the Qs cut out
+    responses = random_responses(processor, [100] * 8)
+    rows = torch.cat([prompt["input_ids"].expand(8, -1), torch.stack(responses)], dim=1)  # (G, P + T)
+    assert rows.shape == (8, 375) and (rows[0] == model.config.image_token_id).sum() == 6
+    batch = dict(input_ids=rows, attention_mask=torch.ones_like(rows), pixel_values=prompt["pixel_values"].repeat(8, 1),
+                 image_grid_thw=prompt["image_grid_thw"].repeat(8, 1), mm_token_type_ids=(rows == model.config.image_token_id).int())
+
+    def work(function):
+        with FlopCounterMode(display=False) as counter:
+            function()
+        attention = sum(n for kind, n in counter.flop_counts["Global"].items() if "attention" in str(kind))
+        return counter.get_total_flops() - attention, attention
+
+    def seconds(function):
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+
+    padded, row = lambda: model(**batch), lambda: group_logps(model, prompt, responses)
+    with torch.no_grad():
+        (padded_linear, padded_attention), (linear, attention) = work(padded), work(row)
+        times = [(seconds(padded), seconds(row)) for _ in range(5)]
+    assert padded_linear / linear > 2.75 and attention < 1.05 * padded_attention
+    padded_time, row_time = map(statistics.median, zip(*times))
+    assert row_time < padded_time / 1.5, f"{padded_time:.3f} s against {row_time:.3f} s"
