@@ -56,6 +56,7 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
 """
 
 import functools
+import logging
 import math
 import re
 from contextlib import nullcontext
@@ -63,7 +64,9 @@ from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from typing import Literal
 
+import math_verify
 import torch
+from pebble import ProcessPool
 from PIL import Image
 from qwen_vl_utils.vision_process import fetch_image
 from torch.nn.utils.rnn import pad_sequence
@@ -313,14 +316,128 @@ def sample_groups(model, processor, prompts, group_size, max_new_tokens, tempera
     return [responses[i:i + group_size] for i in range(0, len(responses), group_size)]
 
 
-# 5. grader placeholder
-def extract_boxed(text):
-    i = text.rfind("\\boxed{"); 
-    return None if i<0 or "}" not in text[i:] else text[i+7:text.index("}", i)]
-def compute_reward(response, answer, format_weight=0.1):
-    acc = float(extract_boxed(response) == answer)
-    fmt = float(bool(re.fullmatch(r"<think>.*</think>.*\\boxed\{.*\}.*", response, re.DOTALL)))
-    return {"reward": (1-format_weight)*acc+format_weight*fmt, "accuracy": acc, "format": fmt}
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The rule-based reward: R_i
+# ---------------------------------------------------------------------------------------------------------------------
+
+GRADE_TIMEOUT = 3.0       # seconds math-verify gets for one answer
+MAX_ANSWER_CHARS = 1000   # a longer answer is right only if it is the very same string: bounds all work in this process
+
+# One spelling for what LaTeX spells in many ways; applied in this order.
+TIDY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
+    (r"\{,\}|,\\!", ","), (r"\\%", "%"), ("−", "-"), ("π", r"\\pi "), (r"√(\d+|\w)", r"\\sqrt{\1}"), (r"\\[dtc]frac", r"\\frac"),
+    (r"\^ ?\{? ?\\circ ?\}?|\\degree|\bdegrees?\b", "°"), (r"\^\{(\w)\}", r"^\1"),
+    (r"\\(?:text|math)(?:bf|rm|it|sf)?\{([^{}]*)\}", r" \1 "),
+    (r"\\(?:left|right|quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\\?\$|~|\s", " "),
+    # A space between digits or words, or after a comma, stays: "4 2" is not 42, "4, 200" not 4,200.
+    (r" +", " "), (r" ?([^\w\s,.]) ?", r"\1"), (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+)]
+DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
+NUMBER = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:[a-zA-Z%°]+(?:[ /][a-zA-Z]+)*(?:\^?[23²³])?)?)")   # the last: a unit
+UNIT = re.compile(r"°[CF]?|(?:[cdkm]?m|in|ft|mi|yd|units?|k?g)(?:/(?:hr?|s|min|[cdkm]?m))?(?:\^?[23²³])?")   # more: see math-verify
+CHOICE = re.compile(r"\(?([A-J])(?:\).*|\. .*)?")   # B, (B), B), also with the option's text: B. 12 cm
+
+
+def extract_boxed(text: str) -> str | None:
+    r"""Inside of the last balanced \boxed{...} in `text`, or None. Braces nest; \{ and \} are characters, not braces."""
+    opened, (start, end) = [], (0, 0)   # a stack and one pass: a million unclosed boxes take no longer than plain text
+    for token in re.finditer(r"\\[{}]|(\\boxed\{|\{)|(\})", text):
+        if token[1]:
+            opened.append(token)
+        elif token[2] and opened:
+            opener = opened.pop()
+            if opener[1] != "{":
+                start, end = max((start, end), (opener.end(), token.start()))
+    return text[start:end] if start else None
+
+
+def follows_format(response: str) -> bool:
+    r"""Whether `response` is <think>...</think>...\boxed{...}..., with the released code's tolerance for white space around < > /.
+
+    Finding the first of each landmark in turn takes one pass; the released regular expression can backtrack for hours."""
+    match = re.match(r"\s*<\s*think\s*>", response)
+    for landmark in (r"<\s*/\s*think\s*>", r"\\boxed\{", r"\}"):
+        match = match and re.compile(landmark).search(response, match.end())
+    return match is not None
+
+
+def tidy(answer: str) -> str:
+    r"""`answer` in one spelling: without \boxed, $, \text, spacing commands and a full stop at the end."""
+    text = extract_boxed(answer) or answer
+    for pattern, replacement in TIDY_RULES:
+        text = pattern.sub(replacement, text)
+    return text.strip().rstrip(". ")
+
+
+def parse_number(text: str) -> tuple[Fraction, str] | None:
+    r"""(exact value, unit or "") of a tidied -1,000.5, 1e3, 2/4, \frac{2}{4}, 50% or 12 cm; None for anything else."""
+    match = NUMBER.fullmatch(re.sub(r"^([+-]?)\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1\2/\3", text))
+    if match is None:
+        return None
+    numerator, denominator = (Fraction((part or "1").replace(",", "")) for part in match.group(1, 2))
+    return (numerator / denominator, match[3]) if denominator else None
+
+
+def same_by_rule(given: str, expected: str) -> bool | None:
+    """The verdict of the cheap exact rules on two tidied answers; None if they leave it open."""
+    if not given or given.lower() == expected.lower():
+        return given != ""
+    if CHOICE.fullmatch(given) or CHOICE.fullmatch(expected):
+        given_choice, expected_choice = (CHOICE.fullmatch(text.upper()) for text in (given, expected))
+        return bool(given_choice and expected_choice) and given_choice[1] == expected_choice[1]
+    # math-verify reads "4 2" as 4 + 2, and CBA as a product, hence as ABC.
+    if re.search(r"\d \d", f"{given}|{expected}") or re.fullmatch(r"[a-zA-Z ]{3,}\|[a-zA-Z ]{3,}", f"{given}|{expected}"):
+        return False
+    numbers = parse_number(given), parse_number(expected)
+    if not all(numbers):
+        return None
+    (value, unit), (other, other_unit) = sorted(numbers, key=lambda number: number[1])   # no unit sorts first
+    if not unit and other_unit == "%":
+        return value in (other, other / 100)   # 50% is written 50 or 0.5
+    if unit == other_unit or not unit and UNIT.fullmatch(other_unit):
+        return value == other
+    return False if unit and sorted(unit) != sorted(other_unit) else None   # 12 cm is not 12 m; 2xy may be 2yx
+
+
+def same_by_algebra(given: str, expected: str) -> bool:
+    """math-verify's verdict. Runs in the child process: nothing here bounds its time or memory."""
+    given, expected = (math_verify.parse(rf"\boxed{{{text}}}".replace("°", ""), parsing_timeout=None) for text in (given, expected))
+    return math_verify.verify(expected, given, timeout_seconds=None)
+
+
+@functools.cache
+def grading_pool() -> ProcessPool:
+    """The child process that may hang or die on a hostile answer; pebble replaces it. It logs nothing."""
+    return ProcessPool(max_workers=1, initializer=logging.disable, initargs=(logging.CRITICAL,))
+
+
+def answers_match(given: str, expected: str) -> bool:
+    """Whether two answers mean the same. Raises for no pair of strings; takes GRADE_TIMEOUT and the seconds a kill needs at worst."""
+    if max(len(given), len(expected)) > MAX_ANSWER_CHARS:
+        return given.strip() == expected.strip() != ""
+    given, expected = tidy(given), tidy(expected)
+    verdict = same_by_rule(given, expected)
+    if verdict is not None:
+        return verdict
+    # math-verify's own time-outs are signals: for the main thread only, and 9^{9^{9}} can outlast them. Killing a process is sure.
+    if not grading_pool().active:   # pebble gives a pool up when its idle worker dies
+        grading_pool.cache_clear()
+    future = grading_pool().schedule(same_by_algebra, args=(given, expected), timeout=GRADE_TIMEOUT)
+    try:
+        return future.result()
+    except Exception:   # out of time, crashed, or an error in the parser: not shown to be right
+        return False
+
+
+def compute_reward(response: str, answer: str, format_weight: float = 0.1) -> dict[str, float]:
+    r"""Reward of one response, as in the released code: (1 - format_weight) * accuracy + format_weight * format.
+
+    accuracy is 1.0 if the last \boxed{...} of the response matches `answer`, format is 1.0 if the response follows the format,
+    else 0.0. With format_weight in [0, 1] the reward lies in [0, 1]. Any strings will do, hostile ones included."""
+    boxed = extract_boxed(response)
+    accuracy = float(boxed is not None and answers_match(boxed, answer))
+    format_score = float(follows_format(response))
+    return {"reward": (1 - format_weight) * accuracy + format_weight * format_score, "accuracy": accuracy, "format": format_score}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,13 +491,13 @@ def group_row(model, prompt, responses):
     and there is no padding. Returns the model's inputs and, for each response token, the index of the position that
     predicts it (N,): the prompt's last for a first token, else the token before."""
     device = model.device
-    P, lengths = prompt["input_ids"].shape[1], torch.tensor([len(o) for o in responses])
+    P, lengths = prompt["input_ids"].shape[1], [len(o) for o in responses]
     row = torch.cat([prompt["input_ids"][0], *responses])[None].to(device)  # (1, L)
     images = image_inputs([prompt], device)
-    owner = torch.cat([torch.zeros(P), torch.arange(1, len(responses) + 1).repeat_interleave(lengths)]).to(device)  # (L,) 0 = prompt
+    owner = torch.arange(len(responses) + 1).repeat_interleave(torch.tensor([P, *lengths])).to(device)  # (L,) 0: the prompt
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own response, or prompt
     visible = visible.tril()[None, None]  # (1, 1, L, L) and never the future
-    step = torch.cat([torch.arange(n) for n in lengths.tolist()]).to(device)  # (N,) 0 .. |o| - 1 for each response
+    step = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) 0 .. |o| - 1 for each response
     positions = rope_positions(model, row[:, :P], images)  # (3, 1, P)
     after = positions.max() + 1 + step  # (N,)
     positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)  # (3, 1, L)
@@ -437,7 +554,7 @@ def kl_k3(logps, other_logps):
     gradient of KL[pi_other || pi]: maximising k3 moves pi away from where the other policy has mass."""
     check_shapes(logps=(logps, "B T"), other_logps=(other_logps, "B T"))
     log_x = (other_logps - logps).clamp(-20, 20)  # (B, T)
-    return (log_x.exp() - log_x - 1).clamp(max=10)  # (B, T)
+    return (log_x.expm1() - log_x).clamp(max=10)  # (B, T) expm1: exp(x) - 1 would drown a small x in rounding
 
 
 def aggregate(per_token, response_mask, mode):

@@ -19,6 +19,11 @@ import papo
 
 torch.set_num_threads(1)
 
+
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:.*gradient_checkpointing")  # an older name, kept by transformers 5
+
+
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
                   "<|video_pad|>"]
 CHAT_TEMPLATE = (

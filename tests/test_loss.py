@@ -70,6 +70,12 @@ def test_k3_value_clamps_and_gradient(log_x):
     assert value >= 0
 
 
+def test_k3_of_close_policies_survives_fp32():
+    """Near x = 1, where training starts, k3 is about (log x)^2 / 2; exp(log x) - 1 would drown it in rounding."""
+    log_x = torch.tensor([[1e-4, -1e-3, 1e-2]])
+    torch.testing.assert_close(kl_k3(torch.full((1, 3), 0.0), log_x), (log_x.double().expm1() - log_x).float(), rtol=2e-3, atol=0)
+
+
 # --- what the estimators estimate: all five outcomes of a categorical, each weighted with its probability -----------------
 
 THETA, PHI = f64(0.3, -1.2, 1.1, 0.4, -0.2), f64(-2.5, 0.9, -1.4, 0.8, 1.1)  # logits of pi and of pi_mask

@@ -117,9 +117,8 @@ def test_same_seed_same_responses(one_vlm):
     model, processor = one_vlm
     draw = lambda seed: sample_groups(model, processor, two_prompts(processor), 3, 8, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(0)
-    first, state = draw(0), torch.get_rng_state()
-    torch.manual_seed(0)
-    assert torch.equal(state, torch.get_rng_state())
+    state, first = torch.get_rng_state(), draw(0)
+    assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(1)
     assert same(draw(0), first) and not same(draw(5), first)
 

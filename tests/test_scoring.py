@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model, make_processor, picture, random_responses, stock_score, two_prompts
-
 from torch.utils.flop_counter import FlopCounterMode
 
 import papo
