@@ -127,6 +127,7 @@ def toy_dataset(split: str, size: int, digits: int = 4, seed: int = 0) -> Datase
 # 2. Errors
 # ---------------------------------------------------------------------------------------------------------------------
 
+ERROR_TYPES = ("perception", "reasoning", "calculation", "inconsistency", "unreadable")   # the paper's four, and no trace
 TRACE = re.compile(r"\s*<think> I see (\d(?: \d)*)\.(?: (\d+ \+ \d+ = \d+(?:, \d+ \+ \d+ = \d+)*)\.)? </think>"
                    r" \\boxed\{(\d+)\}\s*")
 

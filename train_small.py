@@ -568,8 +568,8 @@ def look_closely(trainer, rows):
 
 
 STYLE = """:root { color-scheme: light dark } body { font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 1rem }
-section { border-top: 1px solid #8888; padding: .5rem 0 } figure { display: inline-block; margin: 0 1rem .5rem 0 } figcaption { font-size: .8rem }
-img { display: block; width: min(22rem, 90vw); image-rendering: pixelated } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem }
+section { border-top: 1px solid #8888; padding: .5rem 0 } figure { display: inline-block; margin: 0 1rem .5rem 0; max-width: 100% } figcaption { font-size: .8rem }
+img { display: block; width: 22rem; max-width: 100%; image-rendering: pixelated } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem }
 .pair > div { min-width: 0 } @media (max-width: 45rem) { .pair { grid-template-columns: 1fr } } h3 { font-size: 1rem; margin: .5rem 0 }
 .response { overflow-wrap: anywhere; margin: 0 0 .75rem; font-family: ui-monospace, monospace; font-size: .9rem }
 .score { font: .8rem system-ui, sans-serif; display: block; opacity: .8 } .token { border-radius: .2rem; white-space: pre-wrap }"""

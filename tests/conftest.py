@@ -124,6 +124,7 @@ def _lend(model, processor):
     model.set_attn_implementation("sdpa")
     model.generation_config = config
     model.model.rope_deltas = None
+    model.requires_grad_(True)
     model.zero_grad()
     model.eval()
 

@@ -145,10 +145,25 @@ def test_responses_end_with_their_first_end_token(one_vlm, pad_is_eos):
 
 
 def test_sampling_stops_when_all_have_ended(one_vlm, monkeypatch):
+    """Row i of four ends at step i + 1 and then draws other tokens: four steps, not one and not fifty."""
     model, processor = one_vlm
     calls = []
-    monkeypatch.setattr(papo, "sample_token", lambda logits, *_: calls.append(1) or torch.full((len(logits),), EOS))
-    assert [len(o) for o in sample_groups(model, processor, two_prompts(processor), 2, 50)[0]] == [1, 1] and len(calls) == 1
+    def fake(logits, *_):
+        calls.append(1)
+        return torch.where(torch.arange(4) == len(calls) - 1, EOS, 9)
+    monkeypatch.setattr(papo, "sample_token", fake)
+    groups = sample_groups(model, processor, two_prompts(processor), 2, 50)
+    assert [[len(o) for o in group] for group in groups] == [[1, 2], [3, 4]] and len(calls) == 4
+
+
+def test_sampling_with_image_features(vlm):
+    """Prompts that carry a frozen tower's features (encode_image), several in a batch: the same responses."""
+    model, processor = vlm
+    prompts = two_prompts(processor)
+    encoded = [papo.encode_image(model, prompt) for prompt in prompts]
+    for temperature in (0, 1.0):
+        a, b = (sample_groups(model, processor, p, 2, 8, temperature, generator=torch.Generator().manual_seed(0)) for p in (prompts, encoded))
+        assert same(a, b)
 
 
 def test_training_mode_and_checkpointing(vlm):

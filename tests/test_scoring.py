@@ -118,6 +118,27 @@ def test_positions_depend_on_nothing_but_the_prompt(vlm):
         close(group_logps(model, bare, responses)[0], expected)
 
 
+def test_features_of_a_frozen_vision_tower(vlm):
+    """encode_image runs the tower once; scoring with its features then gives the same log-probs and the same gradients of
+    all other parameters, and never runs the tower again."""
+    model, processor = vlm
+    prompt, responses = two_prompts(processor)[1], random_responses(processor, [4, 7])
+    model.model.visual.requires_grad_(False)
+    expected = group_logps(model, prompt, responses)[0]
+    expected_gradients = gradients(model, expected.sum())
+    calls = []
+    hook = model.model.visual.register_forward_pre_hook(lambda *_: calls.append(1))
+    encoded = papo.encode_image(model, prompt)
+    assert len(calls) == 1 and "features" not in prompt
+    logps = group_logps(model, encoded, responses)[0]
+    result = gradients(model, logps.sum())
+    hook.remove()
+    assert len(calls) == 1 and result.keys() == expected_gradients.keys() and len(result) > 10
+    close(logps, expected)
+    for name in result:
+        close(result[name], expected_gradients[name], 1e-4 * max(1.0, expected_gradients[name].abs().max().item()))
+
+
 def test_attention_kinds(vlm, monkeypatch):
     """The row's mask means the same to eager attention; kinds that take no such mask are refused, not run without it."""
     model, processor = vlm

@@ -328,6 +328,26 @@ def test_masked_prompts_are_aligned(vlm):
     assert all((group.masked_prompt["pixel_values"] < -1.4).all() for group in everything)
 
 
+def test_a_frozen_vision_tower_runs_once_per_picture(one_vlm):
+    """With nothing to train in the tower, image and masked image are encoded once each in the rollout and never again; the
+    metrics are those of a tower that runs in every pass."""
+    model, processor = one_vlm
+    config = PAPOConfig(gamma=0.1, beta=0.0, eta2=0.1, group_size=2, max_new_tokens=4, prompts_per_batch=3, updates_per_batch=1)
+    calls, metrics = [], []
+    hook = model.model.visual.register_forward_pre_hook(lambda *_: calls.append(1))
+    for trainable in (False, True):
+        model.model.visual.requires_grad_(trainable)
+        groups, _ = roll_out(model, processor, config, iter(ROWS), torch.Generator().manual_seed(0))
+        assert len(calls) == (1 if trainable else 2 * len(ROWS))  # trainable: one sampling pass for all three prompts
+        assert all(("features" in prompt) != trainable for group in groups for prompt in (group.prompt, group.masked_prompt))
+        metrics.append(papo_step(model, Recorder(model), config, groups))
+        assert len(calls) == (1 + 2 * len(ROWS) if trainable else 2 * len(ROWS))
+        calls.clear()
+    hook.remove()
+    assert all(metrics[0][name] == pytest.approx(metrics[1][name], abs=1e-5) for name in metrics[0] if name != "grad_norm")
+    assert metrics[0]["grad_norm"] < metrics[1]["grad_norm"]
+
+
 def test_a_whole_step_from_rollout_to_update(one_vlm):
     """All of it in the order of a trainer: roll out, score the constants, two updates; only the second has a ratio to clip."""
     model, processor = one_vlm
