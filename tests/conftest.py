@@ -155,6 +155,16 @@ def random_responses(processor, lengths, seed=0):
     return [torch.cat([draw(n - 1), torch.tensor([processor.tokenizer.eos_token_id])]) for n in lengths]
 
 
+def shift_logits(model, shifts):
+    """Add shifts {token id: number} to all logits from now on. Returns the hook's handle."""
+    def hook(module, inputs, logits):
+        logits = logits.clone()
+        for token, shift in shifts.items():
+            logits[..., token] += shift
+        return logits
+    return model.get_output_embeddings().register_forward_hook(hook)
+
+
 def stock_logits(model, prompt, response):
     """One response after its prompt through the model's own forward, full logits: (|o|, V), row t predicts token t."""
     prompt_ids = prompt["input_ids"]

@@ -3,23 +3,13 @@
 import pytest
 import torch
 import transformers
-from conftest import SPECIAL_TOKENS, two_prompts
+from conftest import SPECIAL_TOKENS, shift_logits, two_prompts
 
 import papo
 from papo import group_logps, sample_groups, sample_token
 
 VISION = [SPECIAL_TOKENS.index(name) for name in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")]
 EOS = SPECIAL_TOKENS.index("<|im_end|>")
-
-
-def shift_logits(model, shifts):
-    """Add shifts {token id: number} to all logits from now on. Returns the hook's handle."""
-    def hook(module, inputs, logits):
-        logits = logits.clone()
-        for token, shift in shifts.items():
-            logits[..., token] += shift
-        return logits
-    return model.get_output_embeddings().register_forward_hook(hook)
 
 
 def same(a, b):
@@ -77,11 +67,11 @@ def test_sampled_logits_are_the_scored_policy(vlm, temperature, monkeypatch):
     hook = shift_logits(model, {**dict.fromkeys(VISION, -1e4), EOS: 6.0})
     groups = sample_groups(model, processor, prompts, 3, 10, temperature, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        scores = [row[:len(o)] for p, group in zip(prompts, groups) for row, o in zip(group_logps(model, p, group, temperature)[0], group)]
+        rows = [row for p, group in zip(prompts, groups) for row in group_logps(model, p, group, temperature)[0]]
     hook.remove()
     responses = [o for group in groups for o in group]
     assert len({len(o) for o in responses}) > 1
-    for i, (response, score) in enumerate(zip(responses, scores)):
+    for i, (response, score) in enumerate(zip(responses, rows, strict=True)):
         for t, token in enumerate(response):
             logits, drawn = seen[t]
             assert drawn[i] == token
@@ -162,7 +152,8 @@ def test_sampling_with_image_features(vlm):
     prompts = two_prompts(processor)
     encoded = [papo.encode_image(model, prompt) for prompt in prompts]
     for temperature in (0, 1.0):
-        a, b = (sample_groups(model, processor, p, 2, 8, temperature, generator=torch.Generator().manual_seed(0)) for p in (prompts, encoded))
+        draw = lambda prompts: sample_groups(model, processor, prompts, 2, 8, temperature, generator=torch.Generator().manual_seed(0))
+        a, b = draw(prompts), draw(encoded)
         assert same(a, b)
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import picture, random_responses, stock_score, two_prompts
+from conftest import picture, random_responses, shift_logits, stock_score, two_prompts
 from torch.nn.utils.rnn import pad_sequence
 
 import papo
@@ -35,7 +35,8 @@ def make_groups(model, processor, constants=True):
     groups = []
     for k, (prompt, lengths) in enumerate(zip(two_prompts(processor), ([5, 2, 7], [1, 4]))):
         responses = random_responses(processor, lengths, seed=k)
-        masked = {**prompt, "pixel_values": torch.where(torch.rand(len(prompt["pixel_values"]), 1) < 0.6, -1.8, prompt["pixel_values"])}
+        pixels = prompt["pixel_values"]
+        masked = {**prompt, "pixel_values": torch.where(torch.rand(len(pixels), 1) < 0.6, -1.8, pixels)}
         group = Group({}, prompt, responses, [], [], torch.randn(len(lengths)), masked_prompt=masked)
         if constants:
             with torch.no_grad():
@@ -49,22 +50,26 @@ def whole_batch(model, config, groups):
     """papo_loss once over all responses as one padded batch, scored by stock forwards. -> loss, metrics"""
     pad = lambda rows: pad_sequence(list(rows), batch_first=True)
     pairs = [(group, o) for group in groups for o in group.responses]
-    logps, entropy = map(pad, zip(*(stock_score(model, group.prompt, o, config.temperature) for group, o in pairs)))
-    masked_logps, masked_entropy = map(pad, zip(*(stock_score(model, group.masked_prompt, o, config.temperature) for group, o in pairs)))
+    score = lambda name: zip(*(stock_score(model, getattr(group, name), o, config.temperature) for group, o in pairs))
+    logps, entropy = map(pad, score("prompt"))
+    masked_logps, masked_entropy = map(pad, score("masked_prompt"))
     mask = pad(torch.ones(len(o)) for _, o in pairs)
-    old, ref = (pad(x[:len(o)] for group in groups for x, o in zip(getattr(group, name), group.responses)) for name in ("old_logps", "ref_logps"))
+    constant = lambda name: pad(row[:len(o)] for group in groups for row, o in zip(getattr(group, name), group.responses))
+    old, ref = constant("old_logps"), constant("ref_logps")
     exact = config.entropy_estimate == "exact"
     return papo_loss(config, logps, old, torch.cat([group.advantages for group in groups]), mask, masked_logps, ref,
                      entropy if exact else None, masked_entropy if exact else None)
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
-@pytest.mark.parametrize("masked_grad, entropy_estimate", [("detached", "exact"), ("entropy", "exact"), ("entropy", "sampled"), ("full", "exact")])
+@pytest.mark.parametrize("masked_grad, entropy_estimate", [
+    ("detached", "exact"), ("entropy", "exact"), ("entropy", "sampled"), ("full", "exact")])
 def test_gradient_is_that_of_one_big_batch(one_vlm, masked_grad, entropy_estimate, aggregation):
     """Eq. 2 / Eq. 3 over the whole batch, however it is split: by groups, or down to single responses. Metrics likewise."""
     model, processor = one_vlm
     groups = make_groups(model, processor)
-    config = PAPOConfig(**WEIGHTS, masked_grad=masked_grad, entropy_estimate=entropy_estimate, aggregation=aggregation, max_grad_norm=float("inf"))
+    config = PAPOConfig(**WEIGHTS, masked_grad=masked_grad, entropy_estimate=entropy_estimate, aggregation=aggregation,
+                        max_grad_norm=float("inf"))
     loss, expected = whole_batch(model, config, groups)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -240,11 +245,12 @@ def test_mixed():
 def test_dynamic_sampling_redraws_and_stops(monkeypatch):
     """DAPO: only mixed groups are kept and the missing ones redrawn; after max_redraws the batch stays short."""
     options = dict(gamma=0.0, dynamic_sampling=True, prompts_per_batch=6, prompts_per_sample=4, updates_per_batch=1)
-    draw = lambda model, **changes: roll_out(model, None, PAPOConfig(**{**options, **changes}), itertools.count(), torch.Generator().manual_seed(0))
+    def draw(model, **changes):
+        return roll_out(model, None, PAPOConfig(**{**options, **changes}), itertools.count(), torch.Generator().manual_seed(0))
     calls = []
     groups, redraws = draw(fake_grader(monkeypatch, lambda n: n % 3 == 0, calls))
     assert [group.row for group in groups] == [0, 3, 6, 9, 12, 15] and all(group.mixed for group in groups)
-    assert calls[:2] == [4, 2] and max(calls) <= 4 and 0 < redraws <= 20
+    assert calls[:2] == [4, 2] and sum(calls) == 16 and redraws == 5  # only the missing ones
 
     calls.clear()  # one group in a hundred is mixed: short batch after 20 redraws of at most 6 groups
     groups, redraws = draw(fake_grader(monkeypatch, lambda n: n % 100 == 50, calls))
@@ -271,9 +277,13 @@ def test_sample_and_grade(one_vlm, monkeypatch):
         return {"reward": len(calls) % 3 / 2, "accuracy": 0.0, "format": 0.0}
     monkeypatch.setattr(papo, "compute_reward", grade)
     config = PAPOConfig(group_size=3, max_new_tokens=6, format_weight=0.3, temperature=0.9, top_p=0.8)
+    hook = shift_logits(model, {processor.tokenizer.eos_token_id: 5.0})
     groups = papo.sample_and_grade(model, processor, config, ROWS[:2], torch.Generator().manual_seed(0))
     assert [group.row is row for group, row in zip(groups, ROWS)] == [True, True]
-    expected = papo.sample_groups(model, processor, [group.prompt for group in groups], 3, 6, 0.9, 0.8, torch.Generator().manual_seed(0))
+    prompts = [group.prompt for group in groups]
+    expected = papo.sample_groups(model, processor, prompts, 3, 6, 0.9, 0.8, torch.Generator().manual_seed(0))
+    hook.remove()
+    assert any(o[-1] == processor.tokenizer.eos_token_id for group in groups for o in group.responses)
     texts = [text for group in groups for text in group.texts]
     assert [(text, "7", 0.3) for text in texts] == calls and len(texts) == 6
     for group, responses, row in zip(groups, expected, ROWS):
@@ -302,7 +312,7 @@ def test_masking_does_not_move_the_sampling(one_vlm):
     the loss needs them, fresh each time, from the same seed again the same."""
     model, processor = one_vlm
     def run(**options):
-        config = PAPOConfig(**{**dict(group_size=2, max_new_tokens=5, prompts_per_batch=3, prompts_per_sample=2, mask_ratio=0.5), **options})
+        config = PAPOConfig(group_size=2, max_new_tokens=5, prompts_per_batch=3, prompts_per_sample=2, mask_ratio=0.5, **options)
         generator = torch.Generator().manual_seed(5)
         return [group for _ in range(2) for group in roll_out(model, processor, config, itertools.cycle(ROWS), generator)[0]]
     plain, masked, again, eta = run(gamma=0.0), run(gamma=0.1), run(gamma=0.1), run(gamma=0.0, eta2=0.1)
@@ -324,8 +334,9 @@ def test_masked_prompts_are_aligned(vlm):
         same = (group.masked_prompt["pixel_values"] == group.prompt["pixel_values"]).all(1)
         black = group.masked_prompt["pixel_values"].amax(1) < -1.4  # black in all channels and nothing else
         assert (same ^ black).all() and 0 < black.sum() < len(black)
-    everything = roll_out(model, processor, PAPOConfig(**{**vars(config), "mask_ratio": 1.0}), iter(ROWS), torch.Generator().manual_seed(0))[0]
-    assert all((group.masked_prompt["pixel_values"] < -1.4).all() for group in everything)
+    config.mask_ratio = 1.0
+    groups, _ = roll_out(model, processor, config, iter(ROWS), torch.Generator().manual_seed(0))
+    assert all((group.masked_prompt["pixel_values"] < -1.4).all() for group in groups)
 
 
 def test_a_frozen_vision_tower_runs_once_per_picture(one_vlm):
@@ -336,7 +347,8 @@ def test_a_frozen_vision_tower_runs_once_per_picture(one_vlm):
     calls, metrics = [], []
     hook = model.model.visual.register_forward_pre_hook(lambda *_: calls.append(1))
     for trainable in (False, True):
-        model.model.visual.requires_grad_(trainable)
+        model.model.visual.requires_grad_(False)
+        next(model.model.visual.parameters()).requires_grad_(trainable)  # a single trained weight is enough
         groups, _ = roll_out(model, processor, config, iter(ROWS), torch.Generator().manual_seed(0))
         assert len(calls) == (1 if trainable else 2 * len(ROWS))  # trainable: one sampling pass for all three prompts
         assert all(("features" in prompt) != trainable for group in groups for prompt in (group.prompt, group.masked_prompt))
