@@ -267,7 +267,7 @@ def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
     probs = (logits.float() / temperature).softmax(-1)  # (B, V)
     if top_p < 1:
         ranked, order = probs.sort(-1, descending=True)  # (B, V), (B, V)
-        outside = ranked.cumsum(-1) - ranked > top_p  # (B, V) the mass before this token is enough already
+        outside = ranked.cumsum(-1) - ranked >= top_p  # (B, V) the mass before this token is enough already
         probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(outside, 0))  # (B, V), sums to <= 1
     return torch.multinomial(probs, 1, generator=generator)[:, 0]  # (B,) multinomial rescales
 

@@ -357,8 +357,10 @@ class Trainer:
             model.model.visual.requires_grad_(False)
         self.adapter = None
         if run.lora:  # layers are replaced inside the model, so papo.py sees the same model as ever
-            self.adapter = peft.get_peft_model(model, peft.LoraConfig(
-                r=run.lora, lora_alpha=2 * run.lora, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj"))
+            with torch.random.fork_rng():
+                torch.manual_seed(run.seed)
+                self.adapter = peft.get_peft_model(model, peft.LoraConfig(
+                    r=run.lora, lora_alpha=2 * run.lora, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj"))
         frozen = copy.deepcopy(model).requires_grad_(False) if config.beta and not run.lora else None
         self.reference = self.without_adapter if run.lora else lambda: nullcontext(frozen)
         if run.gradient_checkpointing:
@@ -381,7 +383,7 @@ class Trainer:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         yield
-        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_rss()  # waits for the GPU? No: .item() has
+        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_rss()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.memory[name] = max(self.memory.get(name, 0.0), peak)
 

@@ -99,6 +99,22 @@ def test_several_architectures_and_checkpointing(vlm):
         torch.testing.assert_close(optimizer.grads[name], grads[name], rtol=1e-4, atol=1e-5 * norm, msg=name)
 
 
+@pytest.mark.parametrize("masked_grad", ["detached", "entropy", "full"])
+def test_the_masked_pass_keeps_a_graph_only_if_needed(one_vlm, monkeypatch, masked_grad):
+    """"detached" scores the masked image under no_grad: it pays neither the memory nor the time of a backward pass."""
+    model, processor = one_vlm
+    groups, seen = make_groups(model, processor), []
+    def spy(model, prompt, *args, **options):
+        result = papo_group_logps(model, prompt, *args, **options)
+        seen.append((prompt is groups[0].masked_prompt, result[0].requires_grad, result[2].requires_grad))
+        return result
+    papo_group_logps = papo.group_logps
+    monkeypatch.setattr(papo, "group_logps", spy)
+    papo_step(model, Recorder(model), PAPOConfig(**WEIGHTS, masked_grad=masked_grad), groups[:1])
+    graph = masked_grad != "detached"
+    assert seen == [(False, True, True), (True, graph, graph)]
+
+
 def test_leftover_gradients_do_not_count(one_vlm):
     """Gradients from before the step are dropped, not added."""
     model, processor = one_vlm

@@ -1,0 +1,307 @@
+"""train_small.py: the program, on tiny model folders and local data sets of the published formats."""
+
+import json
+import random
+
+import datasets
+import optimi
+import pytest
+import torch
+from conftest import ARCHITECTURES, make_model, make_processor
+from PIL import Image, ImageDraw
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+import papo
+import toy
+import train_small as ts
+
+QUICK = ("--group_size 2 --prompts_per_batch 4 --updates_per_batch 2 --prompts_per_sample 4 --max_new_tokens 6 --eval_size 4 "
+         "--eval_every 2 --learning_rate 1e-3 --min_pixels 4704 --max_pixels 15680").split()
+
+
+def dots(count):
+    """A drawn question: so many dots on grey."""
+    image = Image.new("RGB", (84, 84), (90, 90, 90))
+    for i in range(count):
+        ImageDraw.Draw(image).ellipse((5 + 26 * (i % 3), 5 + 26 * (i // 3), 25 + 26 * (i % 3), 25 + 26 * (i // 3)), (250, 200, 40))
+    return image
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory):
+    """64 drawn questions in the columns of the published data sets."""
+    counts = [random.Random(i).randint(1, 9) for i in range(64)]
+    rows = [{"images": [dots(n)], "problem": "<image>How many dots?" if n % 2 else "How many dots?", "answer": str(n)} for n in counts]
+    path = tmp_path_factory.mktemp("data") / "dots.parquet"
+    features = datasets.Features({"images": datasets.List(datasets.Image()), "problem": datasets.Value("string"),
+                                  "answer": datasets.Value("string")})
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session", params=list(ARCHITECTURES))
+def folder(request, tmp_path_factory):
+    """A model folder as a hub has it: weights, config, processor."""
+    return make_folder(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def one_folder(tmp_path_factory):
+    return make_folder("qwen2_5_vl", tmp_path_factory)
+
+
+def make_folder(architecture, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / architecture
+    processor = make_processor(architecture)
+    make_model(architecture, processor).save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def trainers(monkeypatch):
+    """The Trainers that the program makes, to look inside afterwards."""
+    made = []
+    monkeypatch.setattr(ts, "Trainer", type("Spy", (ts.Trainer,), {
+        "__init__": lambda self, *args: (super(type(self), self).__init__(*args), made.append(self))[0]}))
+    return made
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# --- real models and data --------------------------------------------------------------------------------------------
+
+
+def test_train_checkpoint_load_and_evaluate(folder, parquet, trainers, tmp_path, capsys):
+    """The whole way for each architecture; the loaded checkpoint has the trained weights and says the same when greedy."""
+    out = tmp_path / "run"
+    ts.main(["--model", folder, "--dataset", parquet, "--steps", "2", "--out", str(out), *QUICK])
+    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "phases.json", "curves.png", "samples.html", "checkpoint"}
+    assert "accuracy (avg@8)" in capsys.readouterr().out
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [0, 1, 2] and lines[1]["kl_prcp"] > 0 and lines[2]["clip_high_fraction"] >= 0
+
+    trained = trainers[0].model.eval()
+    loaded = AutoModelForImageTextToText.from_pretrained(out / "checkpoint")
+    processor = AutoProcessor.from_pretrained(out / "checkpoint")
+    before = AutoModelForImageTextToText.from_pretrained(folder)
+    assert same(loaded, trained) and not same(loaded, before)
+    prompt = papo.encode_prompt(processor, "How many dots?", dots(3))
+    greedy = lambda model: papo.sample_groups(model, processor, [prompt], 1, 8, temperature=0)[0][0].tolist()
+    assert greedy(loaded) == greedy(trained)
+
+    card = (out / "checkpoint" / "README.md").read_text()
+    assert card.startswith("---\n") and f'base_model: "{folder}"' in card and "PAPO-G" in card and "gamma: 0.02" in card
+    ts.main(["--eval-only", "--model", str(out / "checkpoint"), "--dataset", parquet, "--max_samples", "8",
+             "--out", str(tmp_path / "eval"), *QUICK])
+    rows = [json.loads(line) for line in (tmp_path / "eval" / "eval.jsonl").read_text().splitlines()]
+    assert len(rows) == 8 and len(rows[0]["responses"]) == len(rows[0]["responses_masked"]) == ts.SAMPLES
+    assert "gap" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", ["", "--lora 4 --precision bf16", "--precision bf16-kahan --freeze_vision"])
+def test_a_resumed_run_is_the_same_run(flags, one_folder, parquet, tmp_path, trainers):
+    """Four steps, and two steps resumed to four: the same metrics and weights to the bit."""
+    arguments = ["--model", one_folder, "--dataset", parquet, *QUICK, *flags.split()]
+    ts.main([*arguments, "--steps", "4", "--out", str(tmp_path / "whole")])
+    ts.main([*arguments, "--steps", "2", "--out", str(tmp_path / "parts")])
+    ts.main([*arguments, "--steps", "4", "--out", str(tmp_path / "parts"), "--resume"])
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    assert same(trainers[0].model, trainers[2].model) and trainers[0].steps_done == trainers[2].steps_done == 4
+
+
+def test_lora_reference_is_the_model_without_its_adapter(one_folder, parquet, tmp_path, trainers):
+    ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "2", "--lora", "4", "--out", str(tmp_path / "a"), *QUICK])
+    trainer, base = trainers[0], AutoModelForImageTextToText.from_pretrained(one_folder)
+    prompt = papo.encode_prompt(trainer.processor, "How many dots?", dots(2))
+    score = lambda model: papo.group_logps(model, prompt, [torch.tensor([60, 61, 62])])[0]
+    with torch.no_grad(), trainer.reference() as reference:
+        assert torch.allclose(score(reference), score(base), atol=1e-5)
+    with torch.no_grad():
+        adapted = score(trainer.model.eval())
+        assert not torch.allclose(adapted, score(base), atol=1e-5)
+        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "a" / "checkpoint")  # the adapter on its base
+        assert torch.allclose(score(loaded), adapted, atol=1e-5)
+    ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "2", "--lora", "4", "--merge", "--out", str(tmp_path / "b"), *QUICK])
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "b" / "checkpoint")
+    assert not (tmp_path / "b" / "checkpoint" / "adapter_config.json").exists()
+    with torch.no_grad():
+        assert torch.allclose(score(merged), adapted, atol=1e-4)
+
+
+def test_frozen_vision_is_encoded_once_and_scored_alike(vlm, monkeypatch):
+    """Features computed once give the log-probs of pixels, for a batch of prompts too; the tower is run once per image."""
+    model, processor = vlm
+    prompts = [papo.encode_prompt(processor, "How many dots?", dots(n)) for n in (2, 7)]
+    responses = [torch.tensor([60, 61, 62]), torch.tensor([63, 64])]
+    frozen = [papo.encode_image(model, prompt) for prompt in prompts]
+    with torch.no_grad():
+        for prompt, features in zip(prompts, frozen):
+            assert torch.allclose(papo.group_logps(model, prompt, responses)[0], papo.group_logps(model, features, responses)[0], atol=1e-5)
+    greedy = lambda some: [o.tolist() for group in papo.sample_groups(model, processor, some, 2, 6, temperature=0) for o in group]
+    assert greedy(prompts) == greedy(frozen)
+
+    model.model.visual.requires_grad_(False)
+    calls = []
+    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    config = papo.PAPOConfig(group_size=2, prompts_per_batch=2, updates_per_batch=2, max_new_tokens=4, patch_size=ARCHITECTURES[model.config.model_type][3])
+    rows = iter([{"images": [dots(n)], "problem": "How many dots?", "answer": str(n)} for n in (2, 7)])
+    groups, _ = papo.roll_out(model, processor, config, rows, torch.Generator().manual_seed(0))
+    papo.score_constants(model, lambda: __import__("contextlib").nullcontext(model), config, groups)
+    for part in papo.split_batch(config, groups):
+        papo.papo_step(model, torch.optim.SGD(model.model.language_model.parameters(), 0.1), config, part)
+    assert len(calls) == 4  # two images and their masked twins
+
+
+def test_the_same_seed_gives_the_same_metrics(one_folder, parquet, tmp_path):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "2", "--seed", str(seed), "--out", str(tmp_path / name), *QUICK])
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
+
+
+def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys):
+    """parquet, jsonl with image paths, a folder and a saved data set give the same rows; unusable ones are counted by reason."""
+    dots(3).save(tmp_path / "three.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "three.png").read_bytes()[:60])
+    rows = [{"pic": "three.png", "q": "How many?", "a": 3}, {"pic": ["three.png"], "q": "How <image> many?", "a": "3"},
+            {"pic": "broken.png", "q": "?", "a": "1"}, {"pic": [], "q": "?", "a": "1"}, {"pic": "three.png", "q": "?", "a": " "},
+            {"pic": ["three.png", "three.png"], "q": "?", "a": "1"}, {"pic": "three.png", "q": "long " * 200, "a": "1"}]
+    for row in rows:
+        row["pic"] = row["pic"] if isinstance(row["pic"], list) else [row["pic"]]
+        row["a"] = str(row["a"])
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = ts.RunConfig(model=one_folder, dataset=str(file), image_column="pic", problem_column="q", answer_column="a",
+                       max_prompt_tokens=150, min_pixels=4704, max_pixels=15680)
+    _, processor = ts.load_model(run)
+    usable = ts.load_rows(run, processor)
+    assert [row["answer"] for row in usable] == ["3", "3"] and usable[0]["images"][0].size == (84, 84)
+    said = capsys.readouterr().out
+    for reason in ("unreadable image", "no image", "empty answer", "more than one image", "prompt longer than 150 tokens"):
+        assert f"skipped 1 rows: {reason}" in said
+
+    whole = datasets.load_dataset("parquet", data_files=parquet, split="train")
+    whole.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    whole.to_parquet(tmp_path / "folder" / "train.parquet")
+    answers = []
+    for name in (parquet, str(tmp_path / "saved"), str(tmp_path / "folder")):
+        run = ts.RunConfig(model=one_folder, dataset=name, max_samples=5)
+        answers.append([row["answer"] for row in ts.load_rows(run, processor)])
+    assert answers[0] == answers[1] == answers[2] == whole["answer"][:5]
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_kahan_follows_fp32_where_plain_bf16_stands_still():
+    """200 AdamW steps at lr 1e-6 on weights of 0.02: a bf16 weight moves by 1e-4 or not at all, Kahan's remembers the rest."""
+    def train(dtype, **kahan):
+        weight = torch.nn.Parameter(torch.linspace(0.015, 0.03, 256).to(dtype))
+        start = weight.detach().float().clone()
+        make = optimi.AdamW if kahan else torch.optim.AdamW
+        optimizer = make([weight], lr=1e-6, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, **kahan)
+        for _ in range(200):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        return (weight.detach().float() - start).mean().item()
+
+    exact, plain, kahan = train(torch.float32), train(torch.bfloat16), train(torch.bfloat16, kahan_sum=True)
+    assert exact == pytest.approx(-2e-4, rel=0.05)
+    assert plain == 0.0
+    assert kahan == pytest.approx(exact, rel=0.1)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_a_preset_sets_the_published_values_and_reports_deviations(capsys):
+    config, _ = ts.parse_args(["--preset", "papo-d-7b", "--group_size", "4"])
+    assert (config.gamma, config.eta1, config.learning_rate, config.group_size) == (0.01, 0.03, 1e-6, 4)
+    assert config.dynamic_sampling and config.masked_grad == "entropy"
+    assert "group_size 5 -> 4" in capsys.readouterr().out
+    config, run = ts.parse_args(["--algorithm", "dapo", "--gamma", "0.1"])
+    assert config.gamma == 0.1 and config.aggregation == "token" and config.group_size == ts.TOY_SIZES["group_size"]
+    assert run.out == "runs/dapo-gamma0.1-seed0" and not run.gradient_checkpointing
+    config, run = ts.parse_args(["--model", "x", "--gpu-memory", "24", "--lora", "8"])
+    assert (run.lora, run.precision, config.group_size) == (8, "bf16", 5) and run.gradient_checkpointing
+
+
+def test_every_flag_has_a_help_text():
+    for cls in (papo.PAPOConfig, ts.RunConfig):
+        assert all(len(f.metadata.get("help", "")) > 10 for f in cls.__dataclass_fields__.values())
+
+
+@pytest.mark.parametrize("flags, says", [
+    ("--gama 1", "unrecognized arguments: --gama"), ("--preset papo-x", "unknown preset"), ("--gamma -1", "gamma must lie in"),
+    ("--gamma much", "invalid float"), ("--gamma nan", "gamma must lie in"), ("--mask_ratio 1.5", "mask_ratio must lie in"),
+    ("--group_size 1", "group_size must lie in"), ("--digits 0", "digits must lie in"), ("--steps 0", "steps must be at least 1"),
+    ("--algorithm ppo", "invalid choice"), ("--dataset x.parquet", "--dataset needs --model"), ("--merge", "--merge needs --lora"),
+    ("--precision bf16", "lose most updates"), ("--resume", "there is no"), ("--model ./nowhere", "no such folder"),
+    ("--model nobody/nothing", "embedded world runs offline"), ("--model {folder} --dataset ./none.parquet", "no such file"),
+    ("--model {folder} --dataset {parquet} --image-column pics", "no column pics; it has images, problem, answer"),
+    ("--model {folder} --dataset {parquet} --max-prompt-tokens 3", "0 usable rows"),
+    ("--model {other}", "is a gpt2; supported are qwen2_vl"), ("--model {empty}", "cannot be loaded"), ("--model {cut}", "cannot be loaded"),
+    ("--model {lacking}", "lacks 1 weights")])
+def test_bad_input_is_one_line_and_nothing_is_written(flags, says, one_folder, parquet, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(toy, "warm_start", lambda **_: pytest.fail("the warm start began"))
+    import pathlib, shutil, safetensors.torch
+    for name in ("cut", "empty", "lacking"):
+        shutil.copytree(one_folder, tmp_path / "models" / name)
+    weights = tmp_path / "models" / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    (tmp_path / "models" / "empty" / "model.safetensors").unlink()
+    weights = tmp_path / "models" / "lacking" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors.pop(max(tensors))
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    (tmp_path / "models" / "other").mkdir()
+    (tmp_path / "models" / "other" / "config.json").write_text('{"model_type": "gpt2"}')
+    names = {name: str(tmp_path / "models" / name) for name in ("cut", "empty", "lacking", "other")}
+    with pytest.raises(SystemExit) as stop:
+        ts.main(flags.format(folder=one_folder, parquet=parquet, **names).split())
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and says in message and message.startswith("train_small.py: error:")
+    assert [p.name for p in pathlib.Path(tmp_path).iterdir()] == ["models"]
+
+
+def test_running_out_of_memory_names_the_phase_and_the_flags(one_folder, parquet, tmp_path, capsys, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(ts, "papo_step", exhausted)
+    with pytest.raises(SystemExit):
+        ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "1", "--out", str(tmp_path / "r"), *QUICK])
+    message = capsys.readouterr().err
+    assert "phase update" in message and "--tokens_per_forward" in message and "max_new_tokens 6" in message
+
+
+# --- the embedded world ----------------------------------------------------------------------------------------------
+
+
+def test_a_short_run_improves_the_policy():
+    """20 steps with a large gamma on the warm start: held-out accuracy rises by more than its noise."""
+    config = papo.PAPOConfig(gamma=0.05, **{name: value for name, value in ts.TOY_SIZES.items() if hasattr(papo.PAPOConfig, name)})
+    run = ts.RunConfig(gradient_checkpointing=False, eval_size=60)
+    model, processor, rows, held_out = ts.load(run)
+    trainer = ts.Trainer(model, processor, config, run, rows)
+    before = ts.summarise(ts.evaluate(model, processor, config, held_out))
+    for _ in range(20):
+        trainer.step()
+    after = ts.summarise(ts.evaluate(model, processor, config, held_out))
+    assert after["accuracy"] > before["accuracy"] + 0.05
+    assert after["error_perception"] < before["error_perception"] - 0.05
+
+
+def test_text_from_a_model_is_escaped(tmp_path):
+    shown = {"row": {"problem": "<script>alert(1)</script>", "answer": "<b>"}, "image": dots(1), "masked": dots(2),
+             "responses": [{"tokens": [("<img src=x onerror=alert(1)>", 1.0)], "score": {"reward": 0.0}, "advantage": 0.0, "error": None}]}
+    ts.write_samples(tmp_path / "s.html", [shown], [shown])
+    page = (tmp_path / "s.html").read_text()
+    assert "<script>" not in page and "<img src=x" not in page and "&lt;script&gt;" in page and "http" not in page
