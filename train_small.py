@@ -183,7 +183,7 @@ def open_dataset(name, split):
             return datasets.load_dataset(builder, data_files=str(path), split="train")
         if path.is_dir() and (path / "state.json").exists():
             return datasets.load_from_disk(name)
-        if builder or path.is_absolute() or name.startswith(".") and not path.exists():
+        if builder or (path.is_absolute() or name.startswith(".")) and not path.exists():
             raise UserError(f"--dataset {name}: no such file or folder")
         return datasets.load_dataset(name, split=split)
     except UserError:
@@ -254,7 +254,9 @@ def load_model(run):
     if (path.is_absolute() or run.model.startswith(".")) and not path.is_dir():
         raise UserError(f"--model {run.model}: no such folder")
     try:
-        kind = AutoConfig.from_pretrained(run.model).model_type
+        adapter = (path / "adapter_config.json").exists()
+        base = peft.PeftConfig.from_pretrained(run.model).base_model_name_or_path if adapter else run.model
+        kind = AutoConfig.from_pretrained(base).model_type
         if kind not in SUPPORTED:
             raise UserError(f"--model {run.model} is a {kind}; supported are {', '.join(SUPPORTED)}")
         processor = AutoProcessor.from_pretrained(run.model)
@@ -415,8 +417,7 @@ class Trainer:
         if self.run.merge:
             copy.deepcopy(self.adapter).merge_and_unload().save_pretrained(fresh)
         elif self.adapter:
-            self.adapter.save_pretrained(fresh)
-            self.model.config.save_pretrained(fresh)
+            self.adapter.save_pretrained(fresh)  # without a config.json from_pretrained looks up the base model it names
         else:
             self.model.save_pretrained(fresh)
         self.processor.save_pretrained(fresh)

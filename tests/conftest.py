@@ -22,6 +22,13 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:.*gradient_checkpointing")  # an older name, kept by transformers 5
+    config.addinivalue_line("markers", "big: a model of published size, 20 GiB of memory and minutes; only with -m big")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "big" in item.keywords and "big" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="only with -m big"))
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -60,7 +67,7 @@ def make_processor(architecture):
     return getattr(transformers, f"{processor}Processor")(images, make_tokenizer(), videos, chat_template=CHAT_TEMPLATE)
 
 
-def make_model(architecture, processor, **text):
+def make_model(architecture, processor, vision_sizes=(), **text):
     """fp32, weights of standard deviation 0.2: outputs far from uniform, and the picture matters (see test_scoring)."""
     name, _, _, patch = ARCHITECTURES[architecture]
     ids = dict(zip(SPECIAL_TOKENS, processor.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
@@ -75,6 +82,7 @@ def make_model(architecture, processor, **text):
         vision |= dict(embed_dim=32, hidden_size=text["hidden_size"], mlp_ratio=2)
     else:
         vision |= dict(hidden_size=32, intermediate_size=64, out_hidden_size=text["hidden_size"])
+    vision |= dict(vision_sizes)
     if architecture == "qwen2_5_vl":
         vision |= dict(window_size=56, fullatt_block_indexes=[1])
     if architecture == "qwen3_vl":
