@@ -203,3 +203,9 @@ def test_sample_token_rows_are_independent():
     logits[torch.arange(4), torch.tensor([7, 0, 3, 8])] = 30.0
     for options in (dict(), dict(top_p=0.5), dict(temperature=0)):
         assert sample_token(logits, **options).tolist() == [7, 0, 3, 8]
+
+
+def test_top_p_keeps_the_smallest_set_that_has_the_mass():
+    """Half the mass is on one token: at top_p = 0.5 that token alone is the smallest set, as in transformers."""
+    logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(2000, 3)
+    assert not papo.sample_token(logits, 1.0, 0.5, torch.Generator().manual_seed(0)).any()

@@ -135,30 +135,6 @@ def test_lora_reference_is_the_model_without_its_adapter(one_folder, parquet, tm
         assert torch.allclose(score(merged), adapted, atol=1e-4)
 
 
-def test_frozen_vision_is_encoded_once_and_scored_alike(vlm, monkeypatch):
-    """Features computed once give the log-probs of pixels, for a batch of prompts too; the tower is run once per image."""
-    model, processor = vlm
-    prompts = [papo.encode_prompt(processor, "How many dots?", dots(n)) for n in (2, 7)]
-    responses = [torch.tensor([60, 61, 62]), torch.tensor([63, 64])]
-    frozen = [papo.encode_image(model, prompt) for prompt in prompts]
-    with torch.no_grad():
-        for prompt, features in zip(prompts, frozen):
-            assert torch.allclose(papo.group_logps(model, prompt, responses)[0], papo.group_logps(model, features, responses)[0], atol=1e-5)
-    greedy = lambda some: [o.tolist() for group in papo.sample_groups(model, processor, some, 2, 6, temperature=0) for o in group]
-    assert greedy(prompts) == greedy(frozen)
-
-    model.model.visual.requires_grad_(False)
-    calls = []
-    model.model.visual.register_forward_hook(lambda *_: calls.append(1))
-    config = papo.PAPOConfig(group_size=2, prompts_per_batch=2, updates_per_batch=2, max_new_tokens=4, patch_size=ARCHITECTURES[model.config.model_type][3])
-    rows = iter([{"images": [dots(n)], "problem": "How many dots?", "answer": str(n)} for n in (2, 7)])
-    groups, _ = papo.roll_out(model, processor, config, rows, torch.Generator().manual_seed(0))
-    papo.score_constants(model, lambda: __import__("contextlib").nullcontext(model), config, groups)
-    for part in papo.split_batch(config, groups):
-        papo.papo_step(model, torch.optim.SGD(model.model.language_model.parameters(), 0.1), config, part)
-    assert len(calls) == 4  # two images and their masked twins
-
-
 def test_the_same_seed_gives_the_same_metrics(one_folder, parquet, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "2", "--seed", str(seed), "--out", str(tmp_path / name), *QUICK])
