@@ -52,15 +52,14 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
      9. The reward is 0.9 accuracy + 0.1 format as in [2]; [1] says exact match. The accuracy check accepts more equal answers.
     10. The policy loss has the dual clip of [2] (for A < 0 at most c times |A|), which [1] leaves out.
     11. Vision tokens are never sampled: in a response they would be taken for image positions. Scores keep the full vocabulary.
-    12. A whole group is scored as one row (see group_row): the same numbers, several times cheaper.
+    12. A whole group is scored as one row (see group_row): the same numbers, at G = 8 for a third of the cost or less.
 """
 
 import functools
 import logging
 import math
 import re
-from contextlib import nullcontext
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal
 
@@ -78,6 +77,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def option(default, help):
+    """A dataclass field that is also a command-line flag with this help text."""
     return field(default=default, metadata={"help": help})
 
 
@@ -126,7 +126,8 @@ class PAPOConfig:
             **dict.fromkeys(("clip_low", "mask_ratio", "format_weight"), (0, 1)), "clip_dual": (1, math.inf),
             "temperature": (1e-3, 1e3), "top_p": (1e-6, 1), "learning_rate": (0, 1), "max_grad_norm": (1e-9, math.inf),
             "group_size": (2, 1e6), "max_redraws": (0, 1e6), "prompts_per_batch": (self.updates_per_batch, 1e6),
-            **dict.fromkeys(("patch_size", "max_new_tokens", "updates_per_batch", "tokens_per_forward", "prompts_per_sample"), (1, 1e9))}
+            **dict.fromkeys(("patch_size", "max_new_tokens", "prompts_per_sample", "updates_per_batch", "tokens_per_forward"),
+                            (1, 1e9))}
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {getattr(self, name)}")
@@ -142,7 +143,8 @@ class PAPOConfig:
         presets = {
             "papo-g-3b": dict(gamma=0.02), "papo-g-7b": dict(gamma=0.02, eta1=0.05, eta2=0.05),
             "papo-g-qwen3-2b": dict(gamma=0.01, patch_size=16), "papo-g-no-ref": dict(gamma=0.01, beta=0.0, eta1=0.03, eta2=0.03),
-            "papo-d-3b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo), "papo-d-7b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo),
+            "papo-d-3b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo),
+            "papo-d-7b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo),
             "grpo": dict(gamma=0.0), "dapo": dict(gamma=0.0, **dapo)}
         if name not in presets:
             raise ValueError(f"unknown preset {name!r}, choose from {', '.join(presets)}")
@@ -735,7 +737,7 @@ def papo_step(model, optimizer, config, groups):
 
     Each group is one forward pass (or several, see split_group) and one backward pass; gradients add up. A part's loss is
     weighted by its share of the batch's average, so loss and gradient do not depend on the split. After
-    model.gradient_checkpointing_enable() the layers' activations are recomputed in backward instead of kept. An update
+    model.activation_checkpointing_enable() the layers' activations are recomputed in backward instead of kept. An update
     whose gradient is not finite is skipped: one bad batch must not destroy the weights."""
     if not groups:
         raise ValueError("papo_step needs at least one group")

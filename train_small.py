@@ -366,7 +366,7 @@ class Trainer:
         frozen = copy.deepcopy(model).requires_grad_(False) if config.beta and not run.lora else None
         self.reference = self.without_adapter if run.lora else lambda: nullcontext(frozen)
         if run.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         settings = dict(lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
         trained = [p for p in model.parameters() if p.requires_grad]
         kahan = run.precision == "bf16-kahan" and not run.lora  # an adapter's weights are fp32 in any case

@@ -21,7 +21,6 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:.*gradient_checkpointing")  # an older name, kept by transformers 5
     config.addinivalue_line("markers", "big: a model of published size, 20 GiB of memory and minutes; only with -m big")
 
 
@@ -128,7 +127,7 @@ def _lend(model, processor):
     config = model.generation_config
     yield model, processor
     model.load_state_dict(weights)
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model.set_attn_implementation("sdpa")
     model.generation_config = config
     model.model.rope_deltas = None

@@ -238,7 +238,8 @@ def check(name, function):
     """Grade a solution of exercise `name` and print the verdict. True: solved, False: wrong, None: not solved yet."""
     replaces, tests, probe = EXERCISES[name]
     try:
-        if probe(function) in (None, ...):
+        result = probe(function)
+        if result is None or result is ...:
             raise NotImplementedError
     except NotImplementedError:
         print(f"{name}: not solved yet.")

@@ -163,7 +163,7 @@ def test_training_mode_and_checkpointing(vlm):
     draw = lambda: sample_groups(model, processor, two_prompts(processor), 2, 8, generator=torch.Generator().manual_seed(0))
     expected = draw()
     assert not model.training
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     assert same(draw(), expected) and model.training and model.model.training
 

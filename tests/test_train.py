@@ -283,3 +283,14 @@ def test_text_from_a_model_is_escaped(tmp_path):
     ts.write_samples(tmp_path / "s.html", [shown], [shown])
     page = (tmp_path / "s.html").read_text()
     assert "<script>" not in page and "<img src=x" not in page and "&lt;script&gt;" in page and "http" not in page
+
+
+def test_the_study_runs_and_resumes(tmp_path):
+    """reproduce.py --quick: two arms, two seeds; a second call repeats nothing."""
+    import reproduce
+    reproduce.main(["--quick", "--out", str(tmp_path), "--workers", "2"])
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(made) == 4 and (tmp_path / "arms.csv").read_text().count("\n") == 1 + 2 * 2 * 9
+    assert (tmp_path / "main.png").exists()
+    reproduce.main(["--quick", "--out", str(tmp_path), "--workers", "2"])
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
