@@ -12,7 +12,7 @@ mind. A policy that answers alike without the picture did not look at it. What i
 
 THE WAY OF THE DATA, which is the order of the sections below
     question, image, answer -> encode_prompt -> sample_groups -> compute_reward -> group_advantages
-                            -> mask_patches  -> encode_prompt -> group_logps (old, ref, masked, current) -> papo_loss -> papo_step
+                            -> mask_patches  -> encode_prompt -> group_logps x 2..4 -> papo_loss -> papo_step
 
 GLOSSARY (shapes: B responses, G group, T longest response, P prompt length, L row length, V vocabulary, H hidden width)
     code name           symbol            shape    meaning
@@ -38,14 +38,14 @@ WHAT CARRIES GRADIENT (masked_grad, see papo_loss)
     pi_old and pi_ref never do. Rewards and advantages are plain numbers.
 
 WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
-     1. The k3 estimator uses r = other/pi, as [2] and Schulman; the r = pi/other printed in [1] is biased for tokens drawn from pi.
+     1. The k3 estimator uses r = other/pi, as [2] and Schulman. The r = pi/other printed in [1] is biased for samples of pi.
      2. The perception KL is part of the scalar that is back-propagated; in the Qwen3 branch of [2] it is not.
      3. H[pi_mask] can be trained ("entropy", "full"); in [2] it is scored without gradient, so eta2 changes nothing.
      4. Entropies are exact sums over the vocabulary. [2] uses -log pi of the sampled tokens (here entropy=None), whose expected
         gradient on-policy is zero; [1] prints log pi without the minus.
      5. The perception KL treats pi_mask as a constant, as [2]. "full" is Eq. 2 of [1] to the letter, and easier to hack: the
         network can raise the KL by answering nonsense to masked images.
-     6. aggregation="sequence" (mean of per-response means) is Eq. 2 and GRPO; "token" is Eq. 3 and DAPO. [2] always uses "token".
+     6. aggregation="sequence" (mean of per-response means) is Eq. 2 and GRPO; "token" is Eq. 3 and DAPO, and what [2] uses.
      7. Masking happens on the image as the vision tower sees it, so a patch is wholly black or untouched. [2] masks before the
         processor resizes, which smears black into neighbours, and uses 14 px even where the patches have 16.
      8. Log-ratios are clamped to +-20 and k3 to 10 as in [2]; [1] has no clamps. Beyond them the gradient is zero.
@@ -142,7 +142,8 @@ class PAPOConfig:
         dapo = dict(beta=0.0, clip_high=0.28, aggregation="token", dynamic_sampling=True)
         presets = {
             "papo-g-3b": dict(gamma=0.02), "papo-g-7b": dict(gamma=0.02, eta1=0.05, eta2=0.05),
-            "papo-g-qwen3-2b": dict(gamma=0.01, patch_size=16), "papo-g-no-ref": dict(gamma=0.01, beta=0.0, eta1=0.03, eta2=0.03),
+            "papo-g-qwen3-2b": dict(gamma=0.01, patch_size=16),
+            "papo-g-no-ref": dict(gamma=0.01, beta=0.0, eta1=0.03, eta2=0.03),
             "papo-d-3b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo),
             "papo-d-7b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo),
             "grpo": dict(gamma=0.0), "dapo": dict(gamma=0.0, **dapo)}
@@ -327,7 +328,8 @@ MAX_ANSWER_CHARS = 1000   # a longer answer is right only if it is the very same
 
 # One spelling for what LaTeX spells in many ways; applied in this order.
 TIDY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\{,\}|,\\!", ","), (r"\\%", "%"), ("−", "-"), ("π", r"\\pi "), (r"√(\d+|\w)", r"\\sqrt{\1}"), (r"\\[dtc]frac", r"\\frac"),
+    (r"\{,\}|,\\!", ","), (r"\\%", "%"), ("−", "-"), ("π", r"\\pi "), (r"√(\d+|\w)", r"\\sqrt{\1}"),
+    (r"\\[dtc]frac", r"\\frac"),
     (r"\^ ?\{? ?\\circ ?\}?|\\degree|\bdegrees?\b", "°"), (r"\^\{(\w)\}", r"^\1"),
     (r"\\(?:text|math)(?:bf|rm|it|sf)?\{([^{}]*)\}", r" \1 "),
     (r"\\(?:left|right|quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\\?\$|~|\s", " "),
@@ -335,8 +337,8 @@ TIDY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r" +", " "), (r" ?([^\w\s,.]) ?", r"\1"), (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
 )]
 DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
-NUMBER = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:[a-zA-Z%°]+(?:[ /][a-zA-Z]+)*(?:\^?[23²³])?)?)")   # the last: a unit
-UNIT = re.compile(r"°[CF]?|(?:[cdkm]?m|in|ft|mi|yd|units?|k?g)(?:/(?:hr?|s|min|[cdkm]?m))?(?:\^?[23²³])?")   # more: see math-verify
+NUMBER = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:[a-zA-Z%°]+(?:[ /][a-zA-Z]+)*(?:\^?[23²³])?)?)")  # and a unit
+UNIT = re.compile(r"°[CF]?|(?:[cdkm]?m|in|ft|mi|yd|units?|k?g)(?:/(?:hr?|s|min|[cdkm]?m))?(?:\^?[23²³])?")
 CHOICE = re.compile(r"\(?([A-J])(?:\).*|\. .*)?")   # B, (B), B), also with the option's text: B. 12 cm
 
 
@@ -354,7 +356,7 @@ def extract_boxed(text: str) -> str | None:
 
 
 def follows_format(response: str) -> bool:
-    r"""Whether `response` is <think>...</think>...\boxed{...}..., with the released code's tolerance for white space around < > /.
+    r"""Whether `response` is <think>...</think>...\boxed{...}..., white space around < > / allowed, as in the released code.
 
     Finding the first of each landmark in turn takes one pass; the released regular expression can backtrack for hours."""
     match = re.match(r"\s*<\s*think\s*>", response)
@@ -403,7 +405,8 @@ def same_by_rule(given: str, expected: str) -> bool | None:
 
 def same_by_algebra(given: str, expected: str) -> bool:
     """math-verify's verdict. Runs in the child process: nothing here bounds its time or memory."""
-    given, expected = (math_verify.parse(rf"\boxed{{{text}}}".replace("°", ""), parsing_timeout=None) for text in (given, expected))
+    given, expected = (math_verify.parse(rf"\boxed{{{text}}}".replace("°", ""), parsing_timeout=None)
+                       for text in (given, expected))
     return math_verify.verify(expected, given, timeout_seconds=None)
 
 
@@ -414,14 +417,14 @@ def grading_pool() -> ProcessPool:
 
 
 def answers_match(given: str, expected: str) -> bool:
-    """Whether two answers mean the same. Raises for no pair of strings; takes GRADE_TIMEOUT and the seconds a kill needs at worst."""
+    """Whether two answers mean the same. Raises for no pair of strings; takes GRADE_TIMEOUT and the time of a kill at worst."""
     if max(len(given), len(expected)) > MAX_ANSWER_CHARS:
         return given.strip() == expected.strip() != ""
     given, expected = tidy(given), tidy(expected)
     verdict = same_by_rule(given, expected)
     if verdict is not None:
         return verdict
-    # math-verify's own time-outs are signals: for the main thread only, and 9^{9^{9}} can outlast them. Killing a process is sure.
+    # math-verify's own time-outs are signals: main thread only, and 9^{9^{9}} can outlast them. Killing a process is sure.
     if not grading_pool().active:   # pebble gives a pool up when its idle worker dies
         grading_pool.cache_clear()
     future = grading_pool().schedule(same_by_algebra, args=(given, expected), timeout=GRADE_TIMEOUT)
@@ -439,7 +442,8 @@ def compute_reward(response: str, answer: str, format_weight: float = 0.1) -> di
     boxed = extract_boxed(response)
     accuracy = float(boxed is not None and answers_match(boxed, answer))
     format_score = float(follows_format(response))
-    return {"reward": (1 - format_weight) * accuracy + format_weight * format_score, "accuracy": accuracy, "format": format_score}
+    reward = (1 - format_weight) * accuracy + format_weight * format_score
+    return {"reward": reward, "accuracy": accuracy, "format": format_score}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ PROTOCOL
                 validation split of seeds 0 and 1 so that GRPO starts near chance and learns within the run: with a share of 0.6
                 GRPO learns in 15 steps and arms hardly differ, without the gradual growth some seeds forget how to see, and at
                 learning rate 3e-4 runs are unstable.
-Runs are independent processes, done in parallel, and kept as results/runs/ARM-seedSEED.jsonl.gz: one already there is not repeated.
+Runs are independent processes, and kept as results/runs/ARM-seedSEED.jsonl.gz: one already there is not repeated.
 """
 
 import argparse
@@ -91,12 +91,12 @@ def load_runs(folder):
 
 
 def write_table(runs, path):
-    """results/arms.csv: each arm's mean and interval, at the middle and at the end, and its paired difference from its baseline."""
+    """results/arms.csv: each arm's mean and interval at each evaluation, and its paired difference from its baseline."""
     measures = ["eval_accuracy", "eval_accuracy_low", "eval_accuracy_medium", "eval_accuracy_high", "eval_error_perception",
                 "eval_error_reasoning", "eval_error_calculation", "eval_error_inconsistency", "eval_error_unreadable"]
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["arm", "seeds", "step", "measure", "mean", "half_interval", "minus_baseline", "half_interval_of_difference"])
+        table.writerow(["arm", "seeds", "step", "measure", "mean", "half_interval", "minus_baseline", "its_half_interval"])
         for arm, by_seed in runs.items():
             baseline = runs.get("dapo" if arm == "papo-d" else "grpo", {})
             for step in [line["step"] for line in next(iter(by_seed.values())) if "eval_accuracy" in line]:
@@ -120,7 +120,8 @@ def plot(runs, path, arms, panels):
             by_seed = list(runs.get(arm, {}).values())
             steps = [line["step"] for line in by_seed[0] if metric in line] if by_seed else []
             if steps:
-                axis.plot(steps, [mean(lines[step][metric] for lines in by_seed) for step in steps], style, color=colour, label=arm)
+                values = [mean(lines[step].get(metric, math.nan) for lines in by_seed) for step in steps]
+                axis.plot(steps, values, style, color=colour, label=arm)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
     if axes[0][0].lines:
@@ -156,7 +157,8 @@ def main(argv=None):
             done.result()
     runs = load_runs(folder)
     write_table(runs, args.out / "arms.csv")
-    accuracy = {"eval_accuracy": "held-out accuracy", "eval_accuracy_medium": "medium dependency", "eval_accuracy_high": "high dependency"}
+    accuracy = {"eval_accuracy": "held-out accuracy", "eval_accuracy_medium": "medium dependency",
+                "eval_accuracy_high": "high dependency"}
     signs = {"eval_accuracy": "held-out accuracy", "kl_prcp": "perception KL", "clip_high_fraction": "share clipped high",
              "entropy": r"H[$\pi_\theta$]", "masked_entropy": r"H[$\pi_{mask}$]", "reward": "reward"}
     plot(runs, args.out / "main.png", ["grpo", "papo-g", "dapo", "papo-d"], accuracy)

@@ -92,7 +92,8 @@ class RunConfig:
     gpu_memory: Literal[24, 48, 80] = option(None, "settings for a GPU of so many GiB, listed in the README")
 
     def __post_init__(self):
-        for name in ("eval_size", "eval_every", "save_every", "steps", "max_samples", "lora", "min_pixels", "max_prompt_tokens"):
+        for name in ("eval_size", "eval_every", "save_every", "steps", "max_samples", "lora", "min_pixels",
+                     "max_prompt_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 1 <= self.digits <= 9:
@@ -104,8 +105,8 @@ class RunConfig:
         if self.merge and not self.lora:
             raise ValueError("--merge needs --lora")
         if self.precision == "bf16" and not self.lora and not self.eval_only:
-            raise ValueError("bf16 weights with plain AdamW lose most updates (at |w| = 0.02 one bf16 step is 1e-4, an update 1e-6): "
-                             "use --precision bf16-kahan, or --lora RANK")
+            raise ValueError("bf16 weights with plain AdamW lose most updates (at |w| = 0.02 one bf16 step is 1e-4, an update "
+                             "1e-6): use --precision bf16-kahan, or --lora RANK")
 
 
 class Parser(HfArgumentParser):
@@ -194,8 +195,8 @@ def open_dataset(name, split):
 
 def hub_hint(path):
     """What to try where a name is no local folder, so that the hub was asked."""
-    return "" if path.exists() else (" here or from the hub (is there a network? Without --model and --dataset the embedded world "
-                                     "runs offline)")
+    return "" if path.exists() else (" here or from the hub (is there a network? Without --model and --dataset the embedded "
+                                     "world runs offline)")
 
 
 def read_row(row, columns, folder):
@@ -267,8 +268,8 @@ def load_model(run):
         raise
     except Exception as error:  # a missing file, a cut-off one, no network: the message says which
         raise UserError(f"--model {run.model}: cannot be loaded{hub_hint(path)}: {type(error).__name__}: {error}") from None
-    if report["missing_keys"]:
-        raise UserError(f"--model {run.model} lacks {len(report['missing_keys'])} weights, such as {min(report['missing_keys'])}")
+    if missing := report["missing_keys"]:
+        raise UserError(f"--model {run.model} lacks {len(missing)} weights, such as {min(missing)}")
     if run.dataset:
         processor.image_processor.size = {"shortest_edge": run.min_pixels, "longest_edge": run.max_pixels}
     return model, processor
@@ -390,7 +391,7 @@ class Trainer:
         self.memory[name] = max(self.memory.get(name, 0.0), peak)
 
     def step(self) -> dict:
-        """Roll out one batch and train on it. Returns metrics: those of papo_step averaged over the updates, and the rollout's."""
+        """Roll out one batch and train on it. Returns the metrics of papo_step, averaged over the updates, and the rollout's."""
         config = self.config
         with self.phase("sample"):
             groups, redraws = roll_out(self.model, self.processor, config, self.rows, self.generator)
@@ -423,8 +424,8 @@ class Trainer:
         self.processor.save_pretrained(fresh)
         (fresh / "README.md").write_text(card)
         adapter = peft.get_peft_model_state_dict(self.adapter) if self.adapter else None  # small, and not rounded by a merge
-        torch.save({"step": self.steps_done, "rows": self.rows.count, "generator": self.generator.get_state(), "adapter": adapter,
-                    "optimizer": self.optimizer.state_dict()}, fresh / "trainer_state.pt")
+        torch.save({"step": self.steps_done, "rows": self.rows.count, "generator": self.generator.get_state(),
+                    "adapter": adapter, "optimizer": self.optimizer.state_dict()}, fresh / "trainer_state.pt")
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
@@ -476,7 +477,7 @@ the image and the same policy looking at a randomly masked one. Raising it rewar
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from papo import encode_prompt  # adds the instruction the model was trained with
 model, processor = (kind.from_pretrained("{folder}") for kind in (AutoModelForImageTextToText, AutoProcessor))
-inputs = encode_prompt(processor, question, image)
+inputs = encode_prompt(processor, "<image>How many ...?", image)  # image: a PIL image
 print(processor.decode(model.generate(**inputs, max_new_tokens={max_new_tokens})[0]))
 ```
 
@@ -502,8 +503,8 @@ Held-out questions, % of {samples} sampled responses each:
 
 def model_card(config, run, steps, before, after):
     """The checkpoint's README.md, with the metadata that a model hub reads."""
-    method = {"papo-g": "PAPO-G", "papo-d": "PAPO-D", "grpo": "GRPO", "dapo": "DAPO"}[(run.preset or run.algorithm)[:6].rstrip("-")]
-    version = {"PAPO-G": "PAPO-H " if config.gamma == 0.02 and not config.eta1 and not config.eta2 else ""}.get(method, "")
+    method = (run.preset or run.algorithm)[:6].upper()  # PAPO-G, PAPO-D, GRPO or DAPO
+    published_h = method == "PAPO-G" and config.gamma == 0.02 and not config.eta1 and not config.eta2
     metadata = {"base_model": run.model, "datasets": run.dataset and [run.dataset], "method": method,
                 **{name: getattr(config, name) for name in ("gamma", "beta", "eta1", "eta2", "mask_ratio")}, "seed": run.seed,
                 "steps": steps, "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"]}
@@ -512,8 +513,8 @@ def model_card(config, run, steps, before, after):
         metadata="\n".join(f"{name}: {json.dumps(value)}" for name, value in metadata.items() if value is not None),
         base=run.model or "the embedded world's warm start",
         data=f"`{run.dataset}`, split `{run.split}`" if run.dataset else f"sums of {run.digits} handwritten digits (toy.py)",
-        version=f"{method} {version}(gamma = {config.gamma:g}, eta1 = {config.eta1:g}, eta2 = {config.eta2:g}, beta = {config.beta:g}, "
-                f"mask ratio {config.mask_ratio:g}, seed {run.seed}).",
+        version=f"{method}{', the recipe of PAPO-H' if published_h else ''} (gamma = {config.gamma:g}, "
+                f"eta1 = {config.eta1:g}, eta2 = {config.eta2:g}, beta = {config.beta:g}, mask ratio {config.mask_ratio:g}, seed {run.seed}).",
         results="\n".join(f"| {name} | {100 * before[name]:.1f} | {100 * after[name]:.1f} |" for name in before),
         settings="\n".join(f"| {name} | {value} |" for name, value in asdict(config).items()))
 
@@ -525,9 +526,10 @@ def plot_curves(path, history):
     from matplotlib import pyplot as plt
 
     panels = {  # title: {metric: (label, colour, line style)}; colours of Okabe and Ito, told apart by colour-blind readers
-        f"held-out accuracy (avg@{SAMPLES})": {"eval_accuracy": ("all", "#000000", "-"), "eval_accuracy_low": ("low", "#E69F00", "--"),
-                              "eval_accuracy_medium": ("medium vision dependency", "#56B4E9", "-."),
-                              "eval_accuracy_high": ("high", "#D55E00", ":"), "eval_accuracy_masked": ("image masked", "#999999", "-")},
+        f"held-out accuracy (avg@{SAMPLES})": {
+            "eval_accuracy_low": ("low vision dependency", "#E69F00", "--"), "eval_accuracy_medium": ("medium", "#56B4E9", "-."),
+            "eval_accuracy_high": ("high", "#D55E00", ":"), "eval_accuracy": ("all", "#000000", "-"),
+            "eval_accuracy_masked": ("all, image masked", "#999999", "-")},
         "training reward": {"reward": ("reward", "#000000", "-"), "accuracy": ("accuracy", "#009E73", "--"),
                             "format": ("format", "#CC79A7", ":")},
         "perception KL, nats per token": {"kl_prcp": (r"KL[$\pi\,\|\,\pi_{mask}$]", "#0072B2", "-")},
@@ -544,9 +546,9 @@ def plot_curves(path, history):
                 axis.plot(*zip(*points), style, color=colour, label=label, marker="." if name.startswith("eval") else None)
         axis.set_title(title)
         axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(bottom=0, top=1.02 if "accuracy" in title else None)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize="small")
+        axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
@@ -555,7 +557,8 @@ def plot_curves(path, history):
 def look_closely(trainer, rows):
     """What samples.html shows of a few questions: for every response token log pi - log pi_mask, nats the image is worth."""
     model, processor, generator = trainer.model, trainer.processor, torch.Generator().manual_seed(0)
-    config = replace(trainer.config, prompts_per_batch=len(rows), group_size=4, dynamic_sampling=False, gamma=1.0)  # gamma: draw masks
+    config = replace(trainer.config, prompts_per_batch=len(rows), updates_per_batch=1, group_size=4, dynamic_sampling=False,
+                     gamma=1.0)  # gamma: so that masks are drawn; nothing is trained
     groups, _ = roll_out(model, processor, config, iter(rows), generator)
     shown = []
     for group in groups:
@@ -563,7 +566,8 @@ def look_closely(trainer, rows):
         masked_logps, _ = group_logps(model, group.masked_prompt, group.responses)  # (G, T)
         gains = (logps - masked_logps).tolist()  # G x T
         responses = [{"tokens": [(processor.tokenizer.decode([t]), gain) for t, gain in zip(o.tolist(), row)],
-                      "score": score, "advantage": advantage, "error": toy.error_type(text, group.row) if "digits" in group.row else None}
+                      "score": score, "advantage": advantage,
+                      "error": toy.error_type(text, group.row) if "digits" in group.row else None}
                      for o, row, score, advantage, text in
                      zip(group.responses, gains, group.scores, group.advantages.tolist(), group.texts)]
         shown.append({"row": group.row, "image": fit_image(processor, group.row["images"][0]), "masked": group.masked_image,
@@ -571,12 +575,21 @@ def look_closely(trainer, rows):
     return shown
 
 
-STYLE = """:root { color-scheme: light dark } body { font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 1rem }
-section { border-top: 1px solid #8888; padding: .5rem 0 } figure { display: inline-block; margin: 0 1rem .5rem 0; max-width: 100% } figcaption { font-size: .8rem }
-img { display: block; width: 22rem; max-width: 100%; image-rendering: pixelated } .pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem }
-.pair > div { min-width: 0 } @media (max-width: 45rem) { .pair { grid-template-columns: 1fr } } h3 { font-size: 1rem; margin: .5rem 0 }
+STYLE = """
+:root { color-scheme: light dark }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 1rem }
+section { border-top: 1px solid #8888; padding: .5rem 0 }
+figure { display: inline-block; margin: 0 1rem .5rem 0; max-width: 100% }
+figcaption { font-size: .8rem }
+img { display: block; width: 22rem; max-width: 100%; image-rendering: pixelated }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem }
+.pair > div { min-width: 0 }
+@media (max-width: 45rem) { .pair { grid-template-columns: 1fr } }
+h1 { font-size: 1.6rem } h3 { font-size: 1rem; margin: .5rem 0 }
 .response { overflow-wrap: anywhere; margin: 0 0 .75rem; font-family: ui-monospace, monospace; font-size: .9rem }
-.score { font: .8rem system-ui, sans-serif; display: block; opacity: .8 } .token { border-radius: .2rem; white-space: pre-wrap }"""
+.score { font: .8rem system-ui, sans-serif; display: block; opacity: .8 }
+.token { border-radius: .2rem; white-space: pre-wrap }
+"""
 
 
 def shade(token, gain):
@@ -604,8 +617,10 @@ def write_samples(path, before, after):
     for old, new in zip(before, after):
         columns = "".join(f'<div><h3>{title}</h3>{"".join(map(response, shown["responses"]))}</div>'
                           for title, shown in (("before training", old), ("after", new)))
-        sections.append(f'<section><p>{html.escape(old["row"]["problem"])} Answer: <b>{html.escape(old["row"]["answer"])}</b></p>'
-                        f'{picture(old["image"], "image")}{picture(old["masked"], "masked image")}<div class="pair">{columns}</div></section>')
+        question, answer = html.escape(old["row"]["problem"]), html.escape(old["row"]["answer"])
+        pictures = picture(old["image"], "image") + picture(old["masked"], "masked image")
+        sections.append(f"<section><p>{question} Answer: <b>{answer}</b></p>{pictures}"
+                        f'<div class="pair">{columns}</div></section>')
     path.write_text(f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>PAPO samples</title>
 <meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
 <h1>How much does each token owe to the image?</h1>
@@ -659,8 +674,8 @@ def train(config, run):
 
     def evaluation():
         with trainer.phase("evaluate"):
-            summary = summarise(evaluate(model, processor, config, held_out))
-            return {**summary, "accuracy_masked": summarise(evaluate(model, processor, config, held_out, masked=True))["accuracy"]}
+            seen, masked = (summarise(evaluate(model, processor, config, held_out, masked=m)) for m in (False, True))
+            return {**seen, "accuracy_masked": masked["accuracy"]}
 
     evaluations = [{name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
                    for line in history if "eval_accuracy" in line] or [evaluation()]
@@ -668,7 +683,8 @@ def train(config, run):
     (out / "config.json").write_text(json.dumps({**asdict(config), **asdict(run)}, indent=2) + "\n")
     history = history or [{"step": 0, **{f"eval_{name}": value for name, value in evaluations[0].items()}}]
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-    bar = tqdm(range(trainer.steps_done + 1, run.steps + 1), desc=run.algorithm, unit="step", initial=trainer.steps_done, total=run.steps)
+    bar = tqdm(range(trainer.steps_done + 1, run.steps + 1), desc=run.algorithm, unit="step", initial=trainer.steps_done,
+               total=run.steps)
     for step in bar:
         with explain_out_of_memory(trainer):
             metrics = trainer.step()
@@ -682,7 +698,8 @@ def train(config, run):
         bar.set_postfix(reward=f"{metrics.get('reward', 0):.2f}", accuracy=f"{metrics.get('accuracy', 0):.2f}",
                         kl_prcp=f"{metrics.get('kl_prcp', 0):.3f}", held_out=f"{evaluations[-1]['accuracy']:.2f}")
         if metrics["groups"] < config.prompts_per_batch:
-            tqdm.write(f"step {step}: only {metrics['groups']} mixed groups after {metrics['redraws']} redraws, trained on those")
+            tqdm.write(f"step {step}: trained on {metrics['groups']} mixed groups, all there were after "
+                       f"{metrics['redraws']} redraws")
         if step % run.save_every == 0 or last:
             trainer.save(out / "checkpoint", model_card(config, run, step, evaluations[0], evaluations[-1]))
     write_samples(out / "samples.html", before_looks, look_closely(trainer, examples))
@@ -706,7 +723,8 @@ def evaluate_only(config, run):
         for group, blind in zip(seen, masked):
             print(json.dumps({"problem": group.row["problem"], "answer": group.row["answer"],
                               "accuracy": mean(s["accuracy"] for s in group.scores), "responses": group.texts,
-                              "accuracy_masked": mean(s["accuracy"] for s in blind.scores), "responses_masked": blind.texts}), file=file)
+                              "accuracy_masked": mean(s["accuracy"] for s in blind.scores),
+                              "responses_masked": blind.texts}), file=file)
     columns = {"image": summarise(seen), "masked": summarise(masked)}
     columns["gap"] = {name: columns["image"][name] - columns["masked"][name] for name in columns["image"]}
     print_table(f"{len(rows)} questions, % of responses", columns)
