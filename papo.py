@@ -83,7 +83,8 @@ def option(default, help):
 
 @dataclass
 class PAPOConfig:
-    """Every number of the recipe. The defaults are the published PAPO-G 3B model (Table 6 of [1] and its scripts).
+    """Every number of the recipe. The defaults are the published PAPO-G 3B model's (Table 6 of [1] and its scripts), but for
+    top_p, which is 0.99 there and in the presets. masked_grad is settled when the object is made, by the eta2 given then.
 
     Raises ValueError, naming the field, for a value outside its range."""
 
@@ -175,7 +176,7 @@ PROMPT_SUFFIX = " First think inside <think> </think>, then put the final answer
 
 def fit_image(processor, image):
     """Resize an image to what the vision tower will see: both sides multiples of patch x merge, the area between the
-    processor's smallest and largest. A second call changes nothing, so the processor's own resize does nothing either.
+    processor's smallest and largest. Unless its shape is extreme a second call changes nothing, nor does the processor.
     Raises ValueError for an image more than 200 times longer than wide."""
     size = processor.image_processor.size
     return fetch_image({"image": image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
@@ -187,10 +188,10 @@ def encode_prompt(processor, question: str, image) -> Prompt:
 
     question: may say with `<image>` where the image stands; without it the image comes first.
     Returns a mapping: input_ids (1, P), pixel_values (patches, channels x time x patch^2), image_grid_thw (1, 3), ...
-    Raises ValueError if the question names several images or holds a vision special token."""
+    Raises ValueError if the question names several images or holds a special token such as <|im_end|>."""
     if question.count("<image>") > 1:
         raise ValueError(f"a question may hold one <image>, this one has {question.count('<image>')}")
-    if found := re.search(r"<\|(vision_start|vision_end|image_pad|video_pad)\|>", question):
+    if found := re.search(r"<\|\w+\|>", question):
         raise ValueError(f"the question contains the special token {found.group()}")
     before, _, after = question.rpartition("<image>")  # without <image>: before is empty
     content = [{"type": "image"}, {"type": "text", "text": after + PROMPT_SUFFIX}]
@@ -313,9 +314,10 @@ def sample_groups(model, processor, prompts, group_size, max_new_tokens, tempera
                        past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
     model.train(training)
 
-    rows = torch.stack(tokens, dim=1).cpu()  # (B, T) what a row drew after its end is dropped:
-    lengths = ((rows == tokenizer.eos_token_id).cumsum(1) - (rows == tokenizer.eos_token_id).long() == 0).sum(1).tolist()  # B
-    responses = [row[:length] for row, length in zip(rows, lengths)]
+    responses = []
+    for row in torch.stack(tokens, dim=1).cpu():  # (T,) what it drew after its end is dropped
+        ends = (row == tokenizer.eos_token_id).nonzero()  # (number of ends, 1)
+        responses.append(row[:ends[0, 0] + 1] if len(ends) else row)
     return [responses[i:i + group_size] for i in range(0, len(responses), group_size)]
 
 
@@ -417,7 +419,7 @@ def grading_pool() -> ProcessPool:
 
 
 def answers_match(given: str, expected: str) -> bool:
-    """Whether two answers mean the same. Raises for no pair of strings; takes GRADE_TIMEOUT and the time of a kill at worst."""
+    """Whether two answers mean the same. Never raises; takes GRADE_TIMEOUT and the time of a kill at worst."""
     if max(len(given), len(expected)) > MAX_ANSWER_CHARS:
         return given.strip() == expected.strip() != ""
     given, expected = tidy(given), tidy(expected)
@@ -491,7 +493,7 @@ def group_row(model, prompt, responses):
     """Lay a prompt and its G responses out as ONE row [prompt | o_1 | ... | o_G] of L tokens.
 
         mask      a token sees the prompt and the earlier tokens of its own response, nothing else
-        position  every response starts anew right after the prompt's last position
+        position  every response starts anew right after the prompt's largest position
 
     So each response is scored as if it stood alone after the prompt, but the image is encoded once, the prompt runs once,
     and there is no padding. Returns the model's inputs and, for each response token, the index of the position that
@@ -503,12 +505,12 @@ def group_row(model, prompt, responses):
     owner = torch.arange(len(responses) + 1).repeat_interleave(torch.tensor([P, *lengths])).to(device)  # (L,) 0: the prompt
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own response, or prompt
     visible = visible.tril()[None, None]  # (1, 1, L, L) and never the future
-    step = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) 0 .. |o| - 1 for each response
+    place = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) a token's place in its response, 0 .. |o| - 1
     positions = rope_positions(model, row[:, :P], images)  # (3, 1, P)
-    after = positions.max() + 1 + step  # (N,)
+    after = positions.max() + 1 + place  # (N,)
     positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)  # (3, 1, L)
-    predictor = torch.arange(P - 1, row.shape[1] - 1, device=device).where(step > 0, P - 1)  # (N,)
-    # As numbers rather than booleans the mask means the same to every attention that takes a mask.
+    predictor = torch.arange(P - 1, row.shape[1] - 1, device=device).where(place > 0, P - 1)  # (N,)
+    # Numbers added to the attention scores: eager attention would add a boolean mask as 0 and 1.
     bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)  # (1, 1, L, L)
     return dict(input_ids=row, attention_mask=bias, position_ids=positions, use_cache=False, **images), predictor
 
@@ -518,7 +520,8 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
 
     prompt: from encode_prompt (with the masked image it gives pi_mask). responses: G LongTensors (<= T,).
     Returns logps (G, T) fp32, 0 on padding; response_mask (G, T) float; and with_entropy the entropy (G, T), in nats.
-    Gradient flows if enabled. Raises ValueError for no or an empty response, or one that holds a vision token."""
+    Gradient flows if enabled. Raises ValueError for no or an empty response, one that holds a vision token, or a model whose
+    attention takes no mask of our own."""
     if not len(responses) or any(len(o) == 0 for o in responses):
         raise ValueError("group_logps needs at least one response, each of at least one token")
     targets = torch.cat(list(responses)).to(model.device)  # (N,) all response tokens
@@ -592,7 +595,8 @@ def papo_loss(config, logps, old_logps, advantages, response_mask, masked_logps=
     logps, old_logps, response_mask, masked_logps, ref_logps, entropy, masked_entropy (B, T); advantages (B,).
     entropy, masked_entropy: exact ones from group_logps; None takes -log pi of the sampled tokens, as the released code.
     Returns the scalar to minimise and a dict of floats, each averaged like the loss. A term whose weight is 0 adds
-    nothing at all, so gamma = 0 is GRPO to the bit; it is still measured if its inputs are given.
+    nothing at all, so gamma = 0 is GRPO to the bit; it is still measured if its inputs are given. Gradient reaches
+    masked_logps and masked_entropy only as config.masked_grad says (table in the header).
     Raises ValueError if shapes disagree or a term with a weight lacks its input."""
     given = dict(logps=logps, old_logps=old_logps, response_mask=response_mask, masked_logps=masked_logps,
                  ref_logps=ref_logps, entropy=entropy, masked_entropy=masked_entropy)
@@ -613,8 +617,8 @@ def papo_loss(config, logps, old_logps, advantages, response_mask, masked_logps=
         masked_entropy = -masked_logps if masked_entropy is None else masked_entropy  # (B, T)
         if config.masked_grad == "detached":
             masked_entropy = masked_entropy.detach()  # (B, T)
-        constant = masked_logps if config.masked_grad == "full" else masked_logps.detach()  # (B, T)
-        terms.append(("kl_prcp", -config.gamma, mean(kl_k3(logps, constant))))  # minus: this KL is to grow
+        kl_target = masked_logps if config.masked_grad == "full" else masked_logps.detach()  # (B, T)
+        terms.append(("kl_prcp", -config.gamma, mean(kl_k3(logps, kl_target))))  # minus: this KL is to grow
         terms.append(("masked_entropy", config.eta2, mean(masked_entropy)))
 
     loss = sum(weight * term for _, weight, term in terms if weight)
@@ -737,7 +741,7 @@ def split_batch(config, groups) -> list[list[Group]]:
 
 
 def papo_step(model, optimizer, config, groups):
-    """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss, grad_norm, skipped.
+    """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss, grad_norm, skipped (0 or 1).
 
     Each group is one forward pass (or several, see split_group) and one backward pass; gradients add up. A part's loss is
     weighted by its share of the batch's average, so loss and gradient do not depend on the split. After
@@ -770,8 +774,8 @@ def group_loss(model, config, group, part=slice(None)):
     aggregation (responses or tokens) it averages."""
     responses = group.responses[part]
     exact = config.entropy_estimate == "exact"
-    logps, response_mask, entropy = group_logps(model, group.prompt, responses, config.temperature, with_entropy=True)  # (G, T)
-    T = logps.shape[1]
+    logps, response_mask, entropy = group_logps(model, group.prompt, responses, config.temperature, with_entropy=True)
+    T = logps.shape[1]  # here G and T are those of the part
     old_logps = logps.detach() if group.old_logps is None else group.old_logps[part, :T]  # (G, T)
     ref_logps = None if group.ref_logps is None else group.ref_logps[part, :T]  # (G, T)
     masked_logps = masked_entropy = None

@@ -70,12 +70,12 @@ class RunConfig:
     digits: int = option(4, "embedded world: handwritten digits per image, 1 to 9; more is harder")
     eval_size: int = option(96, "held-out questions, each answered 8 times")
     eval_every: int = option(10, "steps between evaluations")
-    save_every: int = option(50, "steps between checkpoints; the last step always writes one")
+    save_every: int = option(10, "steps between checkpoints; the last step always writes one")
     resume: bool = option(False, "go on from the checkpoint in --out, exactly where it stopped")
     eval_only: bool = option(False, "answer every question 8 times, with the image and with it masked; do not train")
     model: str = option(None, "hub name or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; default: the embedded world's")
     dataset: str = option(None, "hub name, folder, .parquet or .jsonl of questions; default: the embedded world's")
-    split: str = option("train", "split of the data set; its last --eval_size questions are held out")
+    split: str = option("train", "split of the data set; its last --eval_size questions, at most a quarter, are held out")
     max_samples: int = option(None, "use only the first so many rows")
     image_column: str = option("images", "column with the image, or a list of one")
     problem_column: str = option("problem", "column with the question, which may say <image>")
@@ -96,6 +96,10 @@ class RunConfig:
                      "max_prompt_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
+        if self.lora and not self.model and not self.merge:
+            raise ValueError("--lora needs --model, or --merge: an adapter alone cannot be loaded without a base model's name")
         if not 1 <= self.digits <= 9:
             raise ValueError(f"digits must lie in [1, 9], got {self.digits}")
         if self.max_pixels < self.min_pixels:
@@ -115,7 +119,7 @@ class Parser(HfArgumentParser):
 
 
 def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
-    """Flags beat the preset or algorithm, which beats the embedded world's sizes, which beat the dataclass defaults."""
+    """Flags beat --gpu-memory, which beats the preset or algorithm, the embedded world's sizes and the dataclass defaults."""
     parser = Parser([PAPOConfig, RunConfig], description=__doc__.split("\n")[0], allow_abbrev=False)
     try:
         first = parser.parse_args(argv)
@@ -132,7 +136,11 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
         changed = [f"{f.name} {getattr(published, f.name)} -> {getattr(config, f.name)}" for f in fields(config)
                    if getattr(config, f.name) != getattr(published, f.name)]
         print(f"preset {run.preset}" + (f", deviating in: {', '.join(changed)}" if changed else ", as published"))
-    run.out = run.out or f"runs/{run.algorithm}-gamma{config.gamma:g}-seed{run.seed}"
+    elif run.algorithm in ("grpo", "dapo") and (config.gamma or config.eta1 or config.eta2):
+        raise UserError(f"{run.algorithm} has gamma = eta1 = eta2 = 0; with them it is --algorithm papo-{'gd'[run.algorithm == 'dapo']}")
+    run.out = run.out or f"runs/{run.preset or run.algorithm}-gamma{config.gamma:g}-seed{run.seed}"
+    if Path(run.out).exists() and not Path(run.out).is_dir():
+        raise UserError(f"--out {run.out} is a file")
     return config, run
 
 
@@ -180,10 +188,11 @@ def open_dataset(name, split):
     path = Path(name)
     builder = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
     try:
-        if builder and path.is_file():
-            return datasets.load_dataset(builder, data_files=str(path), split="train")
-        if path.is_dir() and (path / "state.json").exists():
-            return datasets.load_from_disk(name)
+        whole = builder and path.is_file() or (path / "state.json").exists()
+        if whole and split != "train":
+            raise UserError(f"--split {split}: {name} has no splits")
+        if whole:
+            return datasets.load_dataset(builder, data_files=name, split="train") if builder else datasets.load_from_disk(name)
         if builder or (path.is_absolute() or name.startswith(".")) and not path.exists():
             raise UserError(f"--dataset {name}: no such file or folder")
         return datasets.load_dataset(name, split=split)
@@ -200,7 +209,8 @@ def hub_hint(path):
 
 
 def read_row(row, columns, folder):
-    """One row in the trainer's own columns. Raises ValueError with the reason if it has not exactly one image, or no answer."""
+    """One row in the trainer's own columns. Raises ValueError with the reason if it has not exactly one image, or no answer;
+    the image may still be unreadable."""
     image_column, problem_column, answer_column = columns
     images = row[image_column] if isinstance(row[image_column], (list, tuple)) else [row[image_column]]
     images = [image for image in images if image is not None]
@@ -208,15 +218,17 @@ def read_row(row, columns, folder):
         raise ValueError("no image" if not images else "more than one image")
     image = images[0]
     if isinstance(image, dict):  # undecoded: {bytes, path}
-        image = Image.open(io.BytesIO(image["bytes"])) if image.get("bytes") else image["path"]
+        image = Image.open(io.BytesIO(image["bytes"])) if image.get("bytes") else image.get("path")
     if isinstance(image, str) and "://" not in image and not image.startswith("data:"):
         image = Image.open(folder / image)
-    answer = "" if row[answer_column] is None else str(row[answer_column]).strip()
-    if not answer:
-        raise ValueError("empty answer")
-    if not row[problem_column]:
-        raise ValueError("empty problem")
-    return {**row, "images": [image], "problem": row[problem_column], "answer": answer}
+    if not isinstance(image, (str, Image.Image)):
+        raise ValueError("unreadable image")
+    problem, answer = row[problem_column], row[answer_column]
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError("problem is no text")
+    if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
+        raise ValueError("empty answer" if answer is None or isinstance(answer, str) else "answer is no text or number")
+    return {"images": [image], "problem": problem, "answer": str(answer).strip()}
 
 
 def load_rows(run, processor):
@@ -237,7 +249,7 @@ def load_rows(run, processor):
             usable.append(i)
         except ValueError as error:
             skipped[str(error)] += 1
-        except (OSError, SyntaxError):  # what Pillow raises for a damaged file
+        except (OSError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for a damaged or huge file
             skipped["unreadable image"] += 1
     for reason, count in skipped.most_common():
         print(f"skipped {count} rows: {reason}")
@@ -263,7 +275,9 @@ def load_model(run):
         processor = AutoProcessor.from_pretrained(run.model)
         dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
         model, report = AutoModelForImageTextToText.from_pretrained(
-            run.model, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        if adapter:
+            model = peft.PeftModel.from_pretrained(model, run.model).merge_and_unload()
     except UserError:
         raise
     except Exception as error:  # a missing file, a cut-off one, no network: the message says which
@@ -385,7 +399,8 @@ class Trainer:
         on_gpu, self.phase_name, start = self.model.device.type == "cuda", name, time.perf_counter()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        yield
+        with explain_out_of_memory(self):
+            yield
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_rss()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.memory[name] = max(self.memory.get(name, 0.0), peak)
@@ -655,22 +670,45 @@ def peak_rss():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def make_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}") from None
+    return out
+
+
+def check_resume(config, run):
+    """A run may go on only as what it was: but for its length and how often it evaluates and saves."""
+    out = Path(run.out)
+    for needed in ("checkpoint", "config.json", "metrics.jsonl"):
+        if not (out / needed).exists():
+            raise UserError(f"--resume: there is no {out / needed}")
+    free = ("steps", "eval_every", "save_every", "resume", "out", "patch_size")
+    before, now = json.loads((out / "config.json").read_text()), {**asdict(config), **asdict(run)}
+    if changed := [f"{name} {before.get(name)} -> {value}" for name, value in now.items()
+                   if name not in free and before.get(name) != value]:
+        raise UserError(f"--resume: {out} was started with other settings: {', '.join(changed)}")
+
+
 def train(config, run):
     """The whole run: load, evaluate, train with evaluations in between, write everything to run.out."""
     out = Path(run.out)
-    if run.resume and not (out / "checkpoint").is_dir():
-        raise UserError(f"--resume: there is no {out / 'checkpoint'}")
+    if run.resume:
+        check_resume(config, run)
     model, processor, rows, held_out = load(run)
     config = replace(config, patch_size=processor.image_processor.patch_size)
     run.steps = run.steps or math.ceil(2 * len(rows) / config.prompts_per_batch)  # published: two epochs
+    make_folder(out)
     trainer = Trainer(model, processor, config, run, rows)
     examples = [held_out[i] for i in range(min(3, len(held_out)))]
-    before_looks = look_closely(trainer, examples)
+    with trainer.phase("evaluate"):
+        before_looks = look_closely(trainer, examples)
     history = []
     if run.resume:
         trainer.load(out / "checkpoint")
-        lines = (out / "metrics.jsonl").read_text().splitlines()
-        history = [line for line in map(json.loads, lines) if line["step"] <= trainer.steps_done]
+        lines = (out / "metrics.jsonl").read_text().splitlines()[:trainer.steps_done + 1]  # step 0 and one for each step
+        history = [json.loads(line) for line in lines]
 
     def evaluation():
         with trainer.phase("evaluate"):
@@ -679,15 +717,13 @@ def train(config, run):
 
     evaluations = [{name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
                    for line in history if "eval_accuracy" in line] or [evaluation()]
-    out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({**asdict(config), **asdict(run)}, indent=2) + "\n")
     history = history or [{"step": 0, **{f"eval_{name}": value for name, value in evaluations[0].items()}}]
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
     bar = tqdm(range(trainer.steps_done + 1, run.steps + 1), desc=run.algorithm, unit="step", initial=trainer.steps_done,
                total=run.steps)
     for step in bar:
-        with explain_out_of_memory(trainer):
-            metrics = trainer.step()
+        metrics = trainer.step()
         last = step == run.steps
         if step % run.eval_every == 0 or last:
             evaluations.append(evaluation())
@@ -717,8 +753,7 @@ def evaluate_only(config, run):
     model, processor, _, rows = load(run)
     config = replace(config, patch_size=processor.image_processor.patch_size)
     seen, masked = evaluate(model, processor, config, rows), evaluate(model, processor, config, rows, masked=True)
-    out = Path(run.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(Path(run.out))
     with open(out / "eval.jsonl", "w") as file:
         for group, blind in zip(seen, masked):
             print(json.dumps({"problem": group.row["problem"], "answer": group.row["answer"],
@@ -738,6 +773,9 @@ def main(argv=None):
     except UserError as error:
         print(f"train_small.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

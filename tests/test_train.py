@@ -116,6 +116,14 @@ def test_a_resumed_run_is_the_same_run(flags, one_folder, parquet, tmp_path, tra
     assert same(trainers[0].model, trainers[2].model) and trainers[0].steps_done == trainers[2].steps_done == 4
 
 
+def test_a_resumed_run_may_not_change_its_settings(one_folder, parquet, tmp_path, capsys):
+    arguments = ["--model", one_folder, "--dataset", parquet, "--out", str(tmp_path / "r"), *QUICK]
+    ts.main([*arguments, "--steps", "1"])
+    with pytest.raises(SystemExit):
+        ts.main([*arguments, "--steps", "2", "--gamma", "0.5", "--resume"])
+    assert "gamma 0.02 -> 0.5" in capsys.readouterr().err
+
+
 def test_lora_reference_is_the_model_without_its_adapter(one_folder, parquet, tmp_path, trainers):
     ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "2", "--lora", "4", "--out", str(tmp_path / "a"), *QUICK])
     trainer, base = trainers[0], AutoModelForImageTextToText.from_pretrained(one_folder)
@@ -130,6 +138,9 @@ def test_lora_reference_is_the_model_without_its_adapter(one_folder, parquet, tm
         assert torch.allclose(score(loaded), adapted, atol=1e-5)
     ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "2", "--lora", "4", "--merge", "--out", str(tmp_path / "b"), *QUICK])
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "b" / "checkpoint")
+    again, _ = ts.load_model(ts.RunConfig(model=str(tmp_path / "a" / "checkpoint")))  # to train on: with the adapter merged
+    with torch.no_grad():
+        assert torch.allclose(score(again), adapted, atol=1e-4)
     assert not (tmp_path / "b" / "checkpoint" / "adapter_config.json").exists()
     with torch.no_grad():
         assert torch.allclose(score(merged), adapted, atol=1e-4)
@@ -147,7 +158,8 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
     (tmp_path / "broken.png").write_bytes((tmp_path / "three.png").read_bytes()[:60])
     rows = [{"pic": "three.png", "q": "How many?", "a": 3}, {"pic": ["three.png"], "q": "How <image> many?", "a": "3"},
             {"pic": "broken.png", "q": "?", "a": "1"}, {"pic": [], "q": "?", "a": "1"}, {"pic": "three.png", "q": "?", "a": " "},
-            {"pic": ["three.png", "three.png"], "q": "?", "a": "1"}, {"pic": "three.png", "q": "long " * 200, "a": "1"}]
+            {"pic": ["three.png", "three.png"], "q": "?", "a": "1"}, {"pic": "three.png", "q": "long " * 200, "a": "1"},
+            {"pic": "three.png", "q": "", "a": "1"}]
     for row in rows:
         row["pic"] = row["pic"] if isinstance(row["pic"], list) else [row["pic"]]
         row["a"] = str(row["a"])
@@ -159,7 +171,7 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
     usable = ts.load_rows(run, processor)
     assert [row["answer"] for row in usable] == ["3", "3"] and usable[0]["images"][0].size == (84, 84)
     said = capsys.readouterr().out
-    for reason in ("unreadable image", "no image", "empty answer", "more than one image", "prompt longer than 150 tokens"):
+    for reason in ("unreadable image", "no image", "empty answer", "more than one image", "prompt longer than 150 tokens", "problem is no text"):
         assert f"skipped 1 rows: {reason}" in said
 
     whole = datasets.load_dataset("parquet", data_files=parquet, split="train")
@@ -204,9 +216,9 @@ def test_a_preset_sets_the_published_values_and_reports_deviations(capsys):
     assert (config.gamma, config.eta1, config.learning_rate, config.group_size) == (0.01, 0.03, 1e-6, 4)
     assert config.dynamic_sampling and config.masked_grad == "entropy"
     assert "group_size 5 -> 4" in capsys.readouterr().out
-    config, run = ts.parse_args(["--algorithm", "dapo", "--gamma", "0.1"])
+    config, run = ts.parse_args(["--algorithm", "papo-d", "--gamma", "0.1"])
     assert config.gamma == 0.1 and config.aggregation == "token" and config.group_size == ts.TOY_SIZES["group_size"]
-    assert run.out == "runs/dapo-gamma0.1-seed0" and not run.gradient_checkpointing
+    assert run.out == "runs/papo-d-gamma0.1-seed0" and not run.gradient_checkpointing
     config, run = ts.parse_args(["--model", "x", "--gpu-memory", "24", "--lora", "8"])
     assert (run.lora, run.precision, config.group_size) == (8, "bf16", 5) and run.gradient_checkpointing
 
@@ -224,7 +236,9 @@ def test_every_flag_has_a_help_text():
     ("--precision bf16", "lose most updates"), ("--resume", "there is no"), ("--model ./nowhere", "no such folder"),
     ("--model nobody/nothing", "embedded world runs offline"), ("--model {folder} --dataset ./none.parquet", "no such file"),
     ("--model {folder} --dataset {parquet} --image-column pics", "no column pics; it has images, problem, answer"),
-    ("--model {folder} --dataset {parquet} --max-prompt-tokens 3", "0 usable rows"),
+    ("--model {folder} --dataset {parquet} --max-prompt-tokens 3", "0 usable rows"), ("--seed -1", "seed must lie in"),
+    ("--model {folder} --dataset {parquet} --split test", "has no splits"), ("--algorithm grpo --gamma 0.1", "it is --algorithm papo-g"),
+    ("--lora 4", "--lora needs --model"), ("--out {parquet}", "is a file"),
     ("--model {other}", "is a gpt2; supported are qwen2_vl"), ("--model {empty}", "cannot be loaded"), ("--model {cut}", "cannot be loaded"),
     ("--model {lacking}", "lacks 1 weights")])
 def test_bad_input_is_one_line_and_nothing_is_written(flags, says, one_folder, parquet, tmp_path, capsys, monkeypatch):
