@@ -2,6 +2,7 @@
 byte-level BPE trained on the spot, and the stock way to score a response, against which papo.py is held."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,6 +29,22 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "big" in item.keywords and "big" not in config.option.markexpr:
             item.add_marker(pytest.mark.skip(reason="only with -m big"))
+
+
+def pytest_collection_finish(session):
+    """Make the embedded world's warm start, if it is not in the cache, on another core while the first tests run."""
+    if any("warm_start" in getattr(item, "fixturenames", ()) for item in session.items):
+        code = "import torch, toy; torch.set_num_threads(1); toy.warm_start()"
+        session.config.warming = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent,
+                                                  stderr=subprocess.DEVNULL)
+
+
+@pytest.fixture(scope="session")
+def warm_start(request):
+    """(model, processor) of the embedded world, from the cache."""
+    import toy
+    request.config.warming.wait()
+    return toy.warm_start()
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",

@@ -225,9 +225,9 @@ def what_failed(test, case, error):
     """One sentence on what should hold, then the case and the reason."""
     promise = " ".join(inspect.getdoc(test).split()).rstrip(".:")
     reason = " ".join(str(error).split())[:200]
-    if isinstance(error, AssertionError) and not reason:  # a bare assert: its own line says what does not hold
+    if isinstance(error, AssertionError) and len(reason) < 15:  # a bare assert: its own line says what does not hold
         line = next(f.line for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == inspect.getfile(test))
-        reason = f"this does not hold: {line.removeprefix('assert ').split('  #')[0]}"
+        reason = f"this does not hold: {line.removeprefix('assert ').split('  #')[0]}{reason and ' at ' + reason}"
     elif not isinstance(error, AssertionError):
         reason = f"{type(error).__name__}: {reason}"
     where = ", ".join(f"{name} = {value}" for name, value in case.items())

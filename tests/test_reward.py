@@ -218,8 +218,8 @@ def test_format_equals_the_released_rule():
 
 @pytest.mark.parametrize("piece", [r"\boxed{", "<think>", "<think></think>", r"</think>\boxed{", "{", "}", " ", "< ", "<think", r"\boxed", "\\", r"\{", "/ "])
 def test_long_hostile_responses_take_linear_time(piece):
-    start = time.perf_counter()
+    start = time.process_time()
     text = "<think>" + piece * (200_000 // len(piece))
     for response in (text, text[7:], text + r"</think>\boxed{"):
         papo.compute_reward(response, "5")
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2

@@ -277,11 +277,11 @@ def test_running_out_of_memory_names_the_phase_and_the_flags(one_folder, parquet
 # --- the embedded world ----------------------------------------------------------------------------------------------
 
 
-def test_a_short_run_improves_the_policy():
+def test_a_short_run_improves_the_policy(warm_start):
     """20 steps with a large gamma on the warm start: held-out accuracy rises by more than its noise."""
     config = papo.PAPOConfig(gamma=0.05, **{name: value for name, value in ts.TOY_SIZES.items() if hasattr(papo.PAPOConfig, name)})
     run = ts.RunConfig(gradient_checkpointing=False, eval_size=60)
-    model, processor, rows, held_out = ts.load(run)
+    model, processor, rows, held_out = ts.load(run)  # its own copy, from the cache
     trainer = ts.Trainer(model, processor, config, run, rows)
     before = ts.summarise(ts.evaluate(model, processor, config, held_out))
     for _ in range(20):

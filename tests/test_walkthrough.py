@@ -27,7 +27,7 @@ def texts(cell):
     return [output.get("text") or output.get("data", {}).get("text/plain", "") for output in cell.outputs]
 
 
-def test_it_runs_from_top_to_bottom(monkeypatch):
+def test_it_runs_from_top_to_bottom(monkeypatch, warm_start):
     """As a student runs it, offline, in the repository's root, with the unsolved exercises in it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     fresh = nbformat.read(FILE, as_version=4)
