@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 
 import datasets
 import optimi
@@ -308,3 +309,19 @@ def test_the_study_runs_and_resumes(tmp_path):
     assert (tmp_path / "main.png").exists()
     reproduce.main(["--quick", "--out", str(tmp_path), "--workers", "2"])
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+
+
+def test_the_readme_is_about_this_code():
+    """Every line it tells to change is in papo.py, every test it names exists, both commands are complete."""
+    from pathlib import Path
+    root = Path(__file__).parent.parent
+    readme, code = (root / "README.md").read_text(), (root / "papo.py").read_text()
+    table = readme.split("| to change |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 8
+    for line in table:
+        assert line.split("| `")[-1].removesuffix("` |") in code, line
+    tests = "".join(path.read_text() for path in (root / "tests").glob("*.py"))
+    for name in set(re.findall(r"`(test_\w+)`", readme)):
+        assert f"def {name}(" in tests, name
+    for command in ("python train_small.py --gamma 0.02", "python -m pytest"):
+        assert f"    pip install -r requirements.txt && {command}\n" in readme
