@@ -104,7 +104,7 @@ def k3(log_pi, log_other):
 
 
 def test_k3_is_unbiased_and_the_printed_one_is_not():
-    """PAPER.md row 1: with x = pi_mask / pi the mean over pi is KL[pi || pi_mask]; with pi / pi_mask it is far from it."""
+    """With x = pi_mask / pi the mean over pi is KL[pi || pi_mask]; with pi / pi_mask it is far from it."""
     true = kl(LOG_PI, LOG_MASK)
     close((LOG_PI.exp() * k3(LOG_PI, LOG_MASK)).sum(), true)
     printed = (LOG_PI.exp() * k3(LOG_MASK, LOG_PI)).sum()
