@@ -108,7 +108,10 @@ def write_table(runs, path):
 
 
 def plot(runs, path, arms, panels):
-    """Mean over seeds of some arms, one panel per metric."""
+    """Mean over seeds of those of the arms that have run, one panel per metric; no picture of fewer than two."""
+    arms = [arm for arm in arms if arm in runs]
+    if len(arms) < 2:
+        return
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
@@ -117,15 +120,13 @@ def plot(runs, path, arms, panels):
     figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
     for axis, (metric, title) in zip(axes[0], panels.items()):
         for arm, colour, style in zip(arms, colours, ["-", "--", "-.", ":"] * 2):
-            by_seed = list(runs.get(arm, {}).values())
-            steps = [line["step"] for line in by_seed[0] if metric in line] if by_seed else []
-            if steps:
-                values = [mean(lines[step].get(metric, math.nan) for lines in by_seed) for step in steps]
-                axis.plot(steps, values, style, color=colour, label=arm)
+            by_seed = list(runs[arm].values())
+            steps = [line["step"] for line in by_seed[0] if metric in line]
+            values = [mean(lines[step].get(metric, math.nan) for lines in by_seed) for step in steps]
+            axis.plot(steps, values, style, color=colour, label=arm)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    if axes[0][0].lines:
-        axes[0][0].legend(frameon=False, fontsize="small")
+    axes[0][0].legend(frameon=False, fontsize="small")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 

@@ -561,7 +561,10 @@ def plot_curves(path, history):
                 axis.plot(*zip(*points), style, color=colour, label=label, marker="." if name.startswith("eval") else None)
         axis.set_title(title)
         axis.set_xlabel("step")
-        axis.set_ylim(bottom=0, top=1.02 if "accuracy" in title else None)
+        axis.set_ylim(bottom=0)
+        if "accuracy" in title:
+            axis.set_ylim(0, 1.6)  # room for the legend
+            axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
     figure.savefig(path, dpi=100)
