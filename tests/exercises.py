@@ -18,7 +18,7 @@ from PIL import Image
 sys.path[:0] = [str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent) if str(folder) not in sys.path]
 
 import papo
-from papo import PAPOConfig, aggregate, papo_loss
+from papo import PAPOConfig, papo_loss
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tests of functions that papo.py does not have
