@@ -132,6 +132,7 @@ def plot(runs, path, arms, panels):
 
 
 def main(argv=None):
+    """Run what is missing, then write tables and pictures of all that is there."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="2 seeds, 2 steps, two arms, an untrained model: does it run?")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for runs, tables and pictures")

@@ -114,6 +114,8 @@ class RunConfig:
 
 
 class Parser(HfArgumentParser):
+    """A flag for each dataclass field; what is wrong on the command line becomes one line."""
+
     def error(self, message):
         raise UserError(message)  # argparse would print the whole usage first
 
@@ -674,6 +676,7 @@ def peak_rss():
 
 
 def make_folder(out):
+    """Create the run's folder, only once everything else has been read."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -770,6 +773,7 @@ def evaluate_only(config, run):
 
 
 def main(argv=None):
+    """The command: train, or evaluate only. Exit code 2 and one line for what the user can mend."""
     try:
         config, run = parse_args(argv)
         (evaluate_only if run.eval_only else train)(config, run)
