@@ -301,8 +301,9 @@ def sample_groups(model, processor, prompts, group_size, max_new_tokens, tempera
     seen = seen.repeat_interleave(group_size, 0)  # (B, P)
     position = positions.amax(dim=(0, 2)).repeat_interleave(group_size)  # (B,) of the last prompt token
     done, tokens = torch.zeros_like(position, dtype=torch.bool), []
+    never = torch.tensor(vision_token_ids(model), device=device)  # (4,)
     for _ in range(max_new_tokens):
-        logits[:, vision_token_ids(model)] = -math.inf
+        logits[:, never] = -math.inf
         token = sample_token(logits, temperature, top_p, generator)  # (B,)
         tokens.append(token)
         done |= token == tokenizer.eos_token_id

@@ -152,7 +152,7 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
 
 
 class Rows:
-    """The usable rows of a data set as {images: [one image], problem, answer, ...}, decoded when asked for."""
+    """The usable rows of a data set as {images: [one image], problem, answer}, decoded when asked for."""
 
     def __init__(self, dataset, columns, folder, indices):
         self.dataset, self.columns, self.folder, self.indices = dataset, columns, folder, indices
@@ -362,6 +362,27 @@ def print_table(title, columns):
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The training loop
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def explain_out_of_memory(trainer):
+    """Turn an allocator's error into the phase it happened in, the sizes, and the flags that help."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; on a CPU only the text tells
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        c, sampling = trainer.config, trainer.phase_name in ("sample", "evaluate")
+        raise UserError(
+            f"out of memory in phase {trainer.phase_name} with group_size {c.group_size}, max_new_tokens {c.max_new_tokens}, "
+            f"prompts_per_sample {c.prompts_per_sample}, tokens_per_forward {c.tokens_per_forward}; lower "
+            f"{'--prompts_per_sample, --max_new_tokens' if sampling else '--tokens_per_forward'} or --max_pixels, or use --lora 16 --precision bf16, "
+            f"--freeze_vision, --gpu_memory; the last checkpoint is whole") from error
+
+
+def peak_rss():
+    """The process's largest memory so far, in GiB (macOS counts bytes, Linux KiB)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class Trainer:
@@ -652,27 +673,6 @@ likelier. {shade("Orange", -3)}: less likely. Plain: the token does not depend o
 # ---------------------------------------------------------------------------------------------------------------------
 # 6. The program
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def explain_out_of_memory(trainer):
-    """Turn an allocator's error into the phase it happened in, the sizes, and the flags that help."""
-    try:
-        yield
-    except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; on a CPU only the text tells
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        c, help = trainer.config, {"sample": "--prompts_per_sample, --max_new_tokens", "score": "--tokens_per_forward"}
-        raise UserError(
-            f"out of memory in phase {trainer.phase_name} with group_size {c.group_size}, max_new_tokens {c.max_new_tokens}, "
-            f"prompts_per_sample {c.prompts_per_sample}, tokens_per_forward {c.tokens_per_forward}; lower "
-            f"{help.get(trainer.phase_name, '--tokens_per_forward')} or --max_pixels, or use --lora 16 --precision bf16, "
-            f"--freeze_vision, --gpu_memory; the last checkpoint is whole") from error
-
-
-def peak_rss():
-    """The process's largest memory so far, in GiB (macOS counts bytes, Linux KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 def make_folder(out):
