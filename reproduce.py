@@ -5,13 +5,20 @@ PROTOCOL
                 2 updates a step, learning rate 1e-4, 40 steps. An arm changes only what its line in ARMS says.
     Seeds       the same for every arm: a seed decides warm start, questions, samples and masks, so arms are compared pair by
                 pair. 8 seeds for the main comparison, 3 for the others.
-    Measure     avg@8 at temperature 1 on 96 questions from the test split of handwritten digits, at steps 0, 10, 20, 30, 40.
-                Mean over seeds with the 95 % interval of Student's t; differences are paired by seed.
-    Chosen      gamma, eta, beta and mask ratio are the paper's, or a fixed ladder around them; none was picked by result. The
-                world itself (share of invented digits 0.75, growing over 80 steps; learning rate; 40 steps) was chosen on the
-                validation split of seeds 0 and 1 so that GRPO starts near chance and learns within the run: with a share of 0.6
-                GRPO learns in 15 steps and arms hardly differ, without the gradual growth some seeds forget how to see, and at
+    Measure     avg@8 at temperature 1 on 96 questions from the test split of handwritten digits, at steps 0, 10, 20, 30, 40:
+                at the end (step 40), and over the run (mean of steps 10 to 40). Mean over seeds with the 95 % interval of
+                Student's t; differences are paired by seed.
+    Chosen      on the validation split, whose digits no other split shares, with seeds 0 and 1. The world (share of invented
+                digits 0.75, growing over 80 steps; learning rate; 40 steps): GRPO starts near chance and learns within the
+                run. gamma 0.3, the best over the run of 0.02, 0.1, 0.3, 1 and 3. RESCUE_GAMMA 3, which breaks
+                one of the two seeds by step 20 and the other after step 30; of eta1 0.3, 1, 3 and beta 0.3, 1 there, ETA and
+                BETA are what kept most. All else is the paper's value, or a fixed ladder around it.
+    Tried       to make the paper's 0.02 separate more, with the same two seeds: 8 questions a step for 60 steps, 4 updates,
+                beta 0, only questions of high dependency, a share of invented digits of 0.85. In all of them 0.02 leads by 2 to
+                5 points in the middle of the run, and GRPO catches up; so the world stayed. With a share of 0.6 GRPO
+                learns in 15 steps and arms hardly differ, without gradual growth some seeds forget how to see, and at
                 learning rate 3e-4 runs are unstable.
+    Order       GRPO and PAPO-G with gamma 0.02 ran first, on 8 seeds, and were looked at before the other arms were fixed.
 Runs are independent processes, and kept as results/runs/ARM-seedSEED.jsonl.gz: one already there is not repeated.
 """
 
@@ -26,37 +33,53 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 
+import matplotlib
 import torch
+from matplotlib import pyplot as plt
 from tqdm import tqdm
 
 import toy
 import train_small as ts
 from papo import PAPOConfig
 
+matplotlib.use("Agg")
+
 EIGHT, THREE = range(8), range(3)
+BEST, RESCUE_GAMMA, ETA, BETA = 0.3, 3.0, 3.0, 1.0  # see "Chosen" above
 DAPO = dict(beta=0.0, clip_high=0.28, aggregation="token", dynamic_sampling=True)
-RESCUE = 0.3  # a gamma that collapses
-ARMS = {  # name: (seeds, what differs from PAPO-G with the paper's gamma 0.02)
-    "grpo": (EIGHT, dict(gamma=0.0)), "papo-g": (EIGHT, {}),
-    **{f"gamma-{gamma:g}": (THREE, dict(gamma=gamma)) for gamma in (0.5, 0.3, 0.1, 0.2, 0.05, 0.005)},
-    "dapo": (EIGHT, dict(gamma=0.0, **DAPO)), "papo-d": (EIGHT, dict(gamma=0.01, eta1=0.03, eta2=0.03, **DAPO)),
-    "rescue-beta": (THREE, dict(gamma=RESCUE, beta=0.1)), "rescue-none-full": (THREE, dict(gamma=RESCUE, masked_grad="full")),
-    # Left out because they are another arm to the bit: eta2 with a detached masked pass, and eta1 alone with "entropy".
-    **{f"rescue-{name}-{grad}-{estimate}": (THREE, dict(gamma=RESCUE, masked_grad=grad, entropy_estimate=estimate, **etas))
-       for name, grads, etas in (("eta1", ("detached", "full"), dict(eta1=0.1)), ("eta2", ("entropy", "full"), dict(eta2=0.1)),
-                                 ("both", ("entropy", "full"), dict(eta1=0.1, eta2=0.1)))
-       for grad in grads for estimate in ("exact", "sampled")},
-    **{f"mask-{ratio:g}": (THREE, dict(mask_ratio=ratio)) for ratio in (0.4, 0.8, 1.0)},
-    "variant-full": (THREE, dict(masked_grad="full")), "variant-token": (THREE, dict(aggregation="token")),
-    "variant-no-dual-clip": (THREE, dict(clip_dual=math.inf)), "variant-accuracy-only": (THREE, dict(format_weight=0.0))}
+ETAS = {"eta1": dict(eta1=ETA), "eta2": dict(eta2=ETA), "both": dict(eta1=ETA, eta2=ETA)}
+GRADS = {"eta1": ("detached", "full"), "eta2": ("detached", "entropy", "full"), "both": ("entropy", "full")}
+ARMS = {  # name: (seeds, the arm it is compared with, what differs from PAPO-G with the paper's gamma 0.02)
+    "grpo": (EIGHT, "grpo", dict(gamma=0.0)),
+    "papo-g": (EIGHT, "grpo", {}),
+    f"gamma-{BEST:g}": (EIGHT, "grpo", dict(gamma=BEST)),
+    "dapo": (EIGHT, "dapo", dict(gamma=0.0, **DAPO)),
+    "papo-d": (EIGHT, "dapo", dict(gamma=0.01, eta1=0.03, eta2=0.03, **DAPO)),
+    "papo-d-entropy-only": (EIGHT, "dapo", dict(gamma=0.0, eta1=0.03, eta2=0.03, **DAPO)),  # what the entropy terms do alone
+    f"papo-d-{BEST:g}": (EIGHT, "dapo", dict(gamma=BEST, eta1=0.03, eta2=0.03, **DAPO)),
+    **{f"gamma-{gamma:g}": (THREE, "grpo", dict(gamma=gamma))
+       for gamma in (RESCUE_GAMMA, 0.005, 0.05, 0.1, 0.2, 0.5, 1.0, 10.0)},
+    # Left out because they are another arm to the bit: eta1 alone with "entropy", both with "detached".
+    "rescue-beta": (THREE, f"gamma-{RESCUE_GAMMA:g}", dict(gamma=RESCUE_GAMMA, beta=BETA)),
+    **{f"rescue-{name}-{grad}-{estimate}": (THREE, f"gamma-{RESCUE_GAMMA:g}", dict(
+        gamma=RESCUE_GAMMA, masked_grad=grad, entropy_estimate=estimate, **ETAS[name]))
+       for estimate in ("exact", "sampled") for name in ETAS for grad in GRADS[name]},
+    "rescue-none-full": (THREE, f"gamma-{RESCUE_GAMMA:g}", dict(gamma=RESCUE_GAMMA, masked_grad="full")),
+    **{f"mask-{ratio:g}-gamma-{gamma:g}": (THREE, f"gamma-{gamma:g}", dict(mask_ratio=ratio, gamma=gamma))
+       for gamma in (BEST, 1.0) for ratio in (0.4, 0.8, 1.0)},
+    **{f"variant-{name}": (THREE, f"gamma-{BEST:g}", dict(gamma=BEST, **changes)) for name, changes in {
+        "full": dict(masked_grad="full"), "token": dict(aggregation="token"), "no-dual-clip": dict(clip_dual=math.inf),
+        "accuracy-only": dict(format_weight=0.0), "eta-exact": dict(eta1=0.05, eta2=0.05),
+        "eta-sampled": dict(eta1=0.05, eta2=0.05, entropy_estimate="sampled"),
+        "eta2-detached": dict(eta1=0.05, eta2=0.05, masked_grad="detached")}.items()}}
 
 
 def run_arm(name, seed, steps, eval_size, recipe, path):
-    """One run of one arm, with a line of metrics per step and, in the last, what the policy writes."""
+    """One run of one arm, with a line of metrics per step and, at each evaluation, what the policy writes."""
     torch.set_num_threads(1)
     model, processor = toy.warm_start(seed=seed, recipe=recipe)
     sizes = {key: value for key, value in ts.TOY_SIZES.items() if key in PAPOConfig.__dataclass_fields__}
-    config = PAPOConfig(**{**sizes, **ARMS[name][1]})
+    config = PAPOConfig(**{**sizes, **ARMS[name][2]})
     run = ts.RunConfig(seed=seed, gradient_checkpointing=False)
     trainer = ts.Trainer(model, processor, config, run, toy.toy_dataset("train", 2048, seed=seed))
     held_out = toy.toy_dataset("test", eval_size, seed=0)
@@ -74,61 +97,148 @@ def run_arm(name, seed, steps, eval_size, recipe, path):
     draft.replace(path)
 
 
+def load_runs(folder):
+    """{arm: {seed: lines}} of all finished runs, in the order of ARMS."""
+    runs = {}
+    for path in folder.glob("*.jsonl.gz"):
+        arm, seed = path.name.removesuffix(".jsonl.gz").rsplit("-seed", 1)
+        with gzip.open(path, "rt") as file:
+            runs.setdefault(arm, {})[int(seed)] = [json.loads(line) for line in file]
+    return {arm: dict(sorted(runs[arm].items())) for arm in ARMS if arm in runs}
+
+
 def interval(values):
     """Mean and half the width of its 95 % interval (Student's t); nan for fewer than two values."""
     t95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
     return mean(values), t95[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def load_runs(folder):
-    """{arm: {seed: lines}} of all finished runs."""
-    runs = {}
-    for path in sorted(folder.glob("*.jsonl.gz")):
-        arm, seed = path.name.removesuffix(".jsonl.gz").rsplit("-seed", 1)
-        with gzip.open(path, "rt") as file:
-            runs.setdefault(arm, {})[int(seed)] = [json.loads(line) for line in file]
-    return runs
+def measured(lines, measure, when):
+    """One run's held-out measure in percent at a step, at the "end", or over the "run": the mean after step 0."""
+    values = {line["step"]: 100 * line[f"eval_{measure}"] for line in lines if "eval_accuracy" in line}
+    return mean(list(values.values())[1:]) if when == "run" else values[max(values) if when == "end" else when]
 
 
 def write_table(runs, path):
-    """results/arms.csv: each arm's mean and interval at each evaluation, and its paired difference from its baseline."""
-    measures = ["eval_accuracy", "eval_accuracy_low", "eval_accuracy_medium", "eval_accuracy_high", "eval_error_perception",
-                "eval_error_reasoning", "eval_error_calculation", "eval_error_inconsistency", "eval_error_unreadable"]
+    """results/arms.csv, in percent: each arm's mean, its paired difference from its baseline, and that relative to the
+    baseline's mean."""
+    measures = ["accuracy", "accuracy_low", "accuracy_medium", "accuracy_high", *(f"error_{kind}" for kind in toy.ERROR_TYPES)]
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["arm", "seeds", "step", "measure", "mean", "half_interval", "minus_baseline", "its_half_interval"])
+        table.writerow(["arm", "seeds", "step", "measure", "mean", "half_interval", "baseline", "minus_baseline",
+                        "minus_half_interval", "relative", "relative_half_interval"])
         for arm, by_seed in runs.items():
-            baseline = runs.get("dapo" if arm == "papo-d" else "grpo", {})
-            for step in [line["step"] for line in next(iter(by_seed.values())) if "eval_accuracy" in line]:
+            baseline = runs.get(ARMS[arm][1], {})
+            shared = [seed for seed in by_seed if seed in baseline]
+            for step in [line["step"] for line in next(iter(by_seed.values())) if "eval_accuracy" in line] + ["run"]:
                 for measure in measures:
-                    value = {seed: lines[step][measure] for seed, lines in by_seed.items()}
-                    paired = [value[seed] - baseline[seed][step][measure] for seed in value if seed in baseline]
-                    numbers = [*interval(list(value.values())), *(interval(paired) if paired else (math.nan, math.nan))]
-                    table.writerow([arm, len(value), step, measure.removeprefix("eval_"), *(f"{x:.4f}" for x in numbers)])
+                    value = {seed: measured(lines, measure, step) for seed, lines in by_seed.items()}
+                    other = {seed: measured(baseline[seed], measure, step) for seed in shared}
+                    difference = interval([value[seed] - other[seed] for seed in shared]) if shared else (math.nan, math.nan)
+                    scale = 100 / mean(other.values()) if any(other.values()) else math.nan
+                    numbers = [*interval(list(value.values())), ARMS[arm][1], *difference, *(scale * x for x in difference)]
+                    cells = (x if isinstance(x, str) else f"{x:.2f}" for x in numbers)
+                    table.writerow([arm, len(value), step, measure, *cells])
 
 
-def plot(runs, path, arms, panels):
-    """Mean over seeds of those of the arms that have run, one panel per metric; no picture of fewer than two."""
+def write_texts(runs, path):
+    """results/texts.md: what seed 0 of each arm writes to the same three questions at the end."""
+    rows = toy.toy_dataset("test", 3, seed=0)
+    parts = ["# What the policies write at the end, seed 0\n"]
+    for arm, by_seed in runs.items():
+        texts = zip(rows, by_seed[0][-1]["texts"])
+        answers = "\n".join(f"    {' '.join(map(str, row['digits']))} -> {text}" for row, text in texts)
+        parts.append(f"{arm}: the digits on the picture, and the response\n\n{answers}\n")
+    path.write_text("\n".join(parts), encoding="utf-8")
+
+
+COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]  # Okabe and Ito
+
+
+def seeds_of_all(runs, arms):
+    """Those of the arms that have run, and the seeds they share: a picture compares nothing else."""
     arms = [arm for arm in arms if arm in runs]
+    return arms, sorted(set.intersection(*(set(runs[arm]) for arm in arms))) if arms else []
+
+
+def plot_curves(runs, path, rows, panels):
+    """A row of panels for each list of arms: every seed thin, the mean bold."""
+    rows = [row for row in rows if len(seeds_of_all(runs, row)[0]) > 1]
+    if not rows:
+        return
+    figure, axes = plt.subplots(len(rows), len(panels), figsize=(4.2 * len(panels), 3.4 * len(rows)), layout="constrained",
+                                squeeze=False)
+    for arms, line_of_axes in zip(rows, axes):
+        arms, seeds = seeds_of_all(runs, arms)
+        for axis, (metric, title) in zip(line_of_axes, panels.items()):
+            for arm, colour, style in zip(arms, COLOURS, ["-", "--", "-.", ":"] * 2):
+                steps = [line["step"] for line in runs[arm][seeds[0]] if metric in line]
+                values = [[runs[arm][seed][step].get(metric, math.nan) for step in steps] for seed in seeds]
+                for each in values:
+                    axis.plot(steps, each, style, color=colour, alpha=0.25, linewidth=0.7)
+                axis.plot(steps, [mean(column) for column in zip(*values)], style, color=colour, linewidth=2, label=arm)
+            axis.set(title=title, xlabel="step")
+            axis.grid(alpha=0.3)
+        line_of_axes[0].legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def plot_dots(runs, path, arms):
+    """Held-out accuracy over the run and at the end: every seed a dot, the mean with its 95 % interval."""
+    arms, seeds = seeds_of_all(runs, arms)
     if len(arms) < 2:
         return
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    colours = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]  # Okabe and Ito
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), layout="constrained", squeeze=False)
-    for axis, (metric, title) in zip(axes[0], panels.items()):
-        for arm, colour, style in zip(arms, colours, ["-", "--", "-.", ":"] * 2):
-            by_seed = list(runs[arm].values())
-            steps = [line["step"] for line in by_seed[0] if metric in line]
-            values = [mean(lines[step].get(metric, math.nan) for lines in by_seed) for step in steps]
-            axis.plot(steps, values, style, color=colour, label=arm)
-        axis.set(title=title, xlabel="step")
+    figure, axes = plt.subplots(1, 2, figsize=(10, 1 + 0.3 * len(arms)), layout="constrained", sharey=True)
+    for axis, (when, title) in zip(axes, {"run": "over the run (steps 10 to 40)", "end": "at the end"}.items()):
+        for y, arm in enumerate(arms):
+            values = [measured(runs[arm][seed], "accuracy", when) for seed in seeds]
+            centre, half = interval(values)
+            axis.plot(values, [y] * len(values), "o", color=COLOURS[1], alpha=0.4, markersize=4)
+            axis.errorbar(centre, y, xerr=half, fmt="D", color=COLOURS[0], markersize=5, capsize=3, elinewidth=1)
+        axis.set(title=f"held-out accuracy, %, {title}", xlim=(-2, 102), yticks=range(len(arms)), yticklabels=arms)
         axis.grid(alpha=0.3)
-    axes[0][0].legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=90)
+    axes[0].invert_yaxis()
+    figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def plot_errors(runs, path, arms):
+    """Shares of responses by type of error at the end, mean over seeds."""
+    arms, seeds = seeds_of_all(runs, arms)
+    if len(arms) < 2:
+        return
+    figure, axis = plt.subplots(figsize=(10, 1 + 0.4 * len(arms)), layout="constrained")
+    left = [0.0] * len(arms)
+    for kind, colour in zip(toy.ERROR_TYPES, COLOURS[1:]):
+        shares = [mean(measured(runs[arm][seed], f"error_{kind}", "end") for seed in seeds) for arm in arms]
+        axis.barh(arms, shares, left=left, color=colour, label=kind)
+        left = [a + b for a, b in zip(left, shares)]
+    axis.set(xlabel="wrong responses at the end, % of all")
+    axis.invert_yaxis()
+    axis.legend(frameon=False, ncols=len(toy.ERROR_TYPES), loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def draw(runs, out):
+    """All tables and pictures of the runs there are; a picture with fewer than two arms is left out."""
+    write_table(runs, out / "arms.csv")
+    write_texts(runs, out / "texts.md")
+    best, rescue = f"gamma-{BEST:g}", f"gamma-{RESCUE_GAMMA:g}"
+    on_grpo, on_dapo = ["grpo", "papo-g", best], [arm for arm in ARMS if "dapo" in arm or "papo-d" in arm]
+    accuracy = {"eval_accuracy": "held-out accuracy", "eval_accuracy_medium": "medium dependency",
+                "eval_accuracy_high": "high dependency"}
+    signs = {"eval_accuracy": "held-out accuracy", "reward": "reward", "kl_prcp": "perception KL",
+             "clip_high_fraction": "share clipped high", "entropy": r"H[$\pi_\theta$]", "masked_entropy": r"H[$\pi_{mask}$]"}
+    plot_curves(runs, out / "main.png", [on_grpo, on_dapo], accuracy)
+    plot_errors(runs, out / "errors.png", on_grpo + on_dapo)
+    ladder = ["grpo", "papo-g", *(arm for arm in ARMS if arm.startswith("gamma"))]
+    plot_dots(runs, out / "gamma.png", sorted(ladder, key=lambda arm: ARMS[arm][2].get("gamma", 0.02)))
+    plot_curves(runs, out / "signs.png", [["grpo", "papo-g", best, "gamma-1", rescue, "gamma-10"]], signs)
+    plot_dots(runs, out / "rescue.png", ["grpo", rescue, *(arm for arm in ARMS if arm.startswith("rescue"))])
+    plot_dots(runs, out / "mask.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("mask")), "gamma-1"])
+    plot_dots(runs, out / "variants.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("variant"))])
 
 
 def main(argv=None):
@@ -137,37 +247,27 @@ def main(argv=None):
     parser.add_argument("--quick", action="store_true", help="2 seeds, 2 steps, two arms, an untrained model: does it run?")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder for runs, tables and pictures")
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
-    parser.add_argument("--only", default="", help="only arms whose name begins so")
+    parser.add_argument("--only", default="", help="only arms whose name begins so; none: pictures only")
     parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run in this process, as the study starts them")
     args = parser.parse_args(argv)
     steps, eval_size, recipe, arms = 40, 96, toy.WarmStart(), ARMS
     if args.quick:
         steps, eval_size, recipe = 2, 6, toy.WarmStart(short_stages=(), clean_steps=2, guess_steps=1, batch_size=4)
-        arms = {name: (range(2), ARMS[name][1]) for name in ("grpo", "papo-g")}
+        arms = {name: (range(2), *ARMS[name][1:]) for name in ("grpo", "papo-g")}
     folder = args.out / "runs"
     folder.mkdir(parents=True, exist_ok=True)
     path = lambda arm, seed: folder / f"{arm}-seed{seed}.jsonl.gz"
     if args.run:
         arm, seed = args.run[0], int(args.run[1])
         return run_arm(arm, seed, steps, eval_size, recipe, path(arm, seed))
-    jobs = [(arm, seed) for arm, (seeds, _) in arms.items() for seed in seeds
+    jobs = [(arm, seed) for arm, (seeds, *_) in arms.items() for seed in seeds
             if arm.startswith(args.only) and not path(arm, seed).exists()]
     command = [sys.executable, __file__, "--out", str(args.out), *["--quick"] * args.quick]
     start = lambda job: subprocess.run([*command, "--run", *map(str, job)], check=True, stderr=subprocess.DEVNULL)
     with ThreadPoolExecutor(args.workers) as pool:
         for done in tqdm(as_completed([pool.submit(start, job) for job in jobs]), total=len(jobs), desc="runs"):
             done.result()
-    runs = load_runs(folder)
-    write_table(runs, args.out / "arms.csv")
-    accuracy = {"eval_accuracy": "held-out accuracy", "eval_accuracy_medium": "medium dependency",
-                "eval_accuracy_high": "high dependency"}
-    signs = {"eval_accuracy": "held-out accuracy", "kl_prcp": "perception KL", "clip_high_fraction": "share clipped high",
-             "entropy": r"H[$\pi_\theta$]", "masked_entropy": r"H[$\pi_{mask}$]", "reward": "reward"}
-    plot(runs, args.out / "main.png", ["grpo", "papo-g", "dapo", "papo-d"], accuracy)
-    plot(runs, args.out / "gamma.png", ["grpo", *(f"gamma-{g:g}" for g in (0.005, 0.05, 0.1, 0.2, 0.3, 0.5)), "papo-g"], signs)
-    plot(runs, args.out / "rescue.png", ["gamma-0.3", "rescue-beta", *(f"rescue-{name}-exact" for name in (
-        "eta1-detached", "eta2-entropy", "both-entropy", "eta2-full", "both-full"))], signs)
-    plot(runs, args.out / "mask.png", ["grpo", "mask-0.4", "papo-g", "mask-0.8", "mask-1"], accuracy)
+    draw(load_runs(folder), args.out)
 
 
 if __name__ == "__main__":

@@ -305,8 +305,8 @@ def test_the_study_runs_and_resumes(tmp_path):
     import reproduce
     reproduce.main(["--quick", "--out", str(tmp_path), "--workers", "2"])
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
-    assert len(made) == 4 and (tmp_path / "arms.csv").read_text().count("\n") == 1 + 2 * 2 * 9
-    assert (tmp_path / "main.png").exists()
+    assert len(made) == 4 and (tmp_path / "arms.csv").read_text().count("\n") == 1 + 2 * 3 * 9
+    assert (tmp_path / "main.png").exists() and "grpo" in (tmp_path / "texts.md").read_text()
     reproduce.main(["--quick", "--out", str(tmp_path), "--workers", "2"])
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
 
