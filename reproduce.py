@@ -48,23 +48,25 @@ EIGHT, THREE = range(8), range(3)
 BEST, RESCUE_GAMMA, ETA, BETA = 0.3, 3.0, 3.0, 1.0  # see "Chosen" above
 DAPO = dict(beta=0.0, clip_high=0.28, aggregation="token", dynamic_sampling=True)
 ETAS = {"eta1": dict(eta1=ETA), "eta2": dict(eta2=ETA), "both": dict(eta1=ETA, eta2=ETA)}
-GRADS = {"eta1": ("detached", "full"), "eta2": ("detached", "entropy", "full"), "both": ("entropy", "full")}
-ARMS = {  # name: (seeds, the arm it is compared with, what differs from PAPO-G with the paper's gamma 0.02)
+GRADS = {"eta1": ("detached", "full"), "eta2": ("entropy", "full"), "both": ("entropy", "full")}
+ARMS = {  # name: (seeds, arms it is compared with, what differs from PAPO-G with the paper's gamma 0.02)
     "grpo": (EIGHT, "grpo", dict(gamma=0.0)),
     "papo-g": (EIGHT, "grpo", {}),
     f"gamma-{BEST:g}": (EIGHT, "grpo", dict(gamma=BEST)),
     "dapo": (EIGHT, "dapo", dict(gamma=0.0, **DAPO)),
-    "papo-d": (EIGHT, "dapo", dict(gamma=0.01, eta1=0.03, eta2=0.03, **DAPO)),
+    "papo-d": (EIGHT, "dapo papo-d-entropy-only", dict(gamma=0.01, eta1=0.03, eta2=0.03, **DAPO)),
     "papo-d-entropy-only": (EIGHT, "dapo", dict(gamma=0.0, eta1=0.03, eta2=0.03, **DAPO)),  # what the entropy terms do alone
-    f"papo-d-{BEST:g}": (EIGHT, "dapo", dict(gamma=BEST, eta1=0.03, eta2=0.03, **DAPO)),
+    f"papo-d-{BEST:g}": (EIGHT, "dapo papo-d-entropy-only", dict(gamma=BEST, eta1=0.03, eta2=0.03, **DAPO)),
     **{f"gamma-{gamma:g}": (THREE, "grpo", dict(gamma=gamma))
        for gamma in (RESCUE_GAMMA, 0.005, 0.05, 0.1, 0.2, 0.5, 1.0, 10.0)},
-    # Left out because they are another arm to the bit: eta1 alone with "entropy", both with "detached".
-    "rescue-beta": (THREE, f"gamma-{RESCUE_GAMMA:g}", dict(gamma=RESCUE_GAMMA, beta=BETA)),
-    **{f"rescue-{name}-{grad}-{estimate}": (THREE, f"gamma-{RESCUE_GAMMA:g}", dict(
+    # Left out because they are another arm to the bit: with "detached", H[pi_mask] is a constant, so eta2 does nothing and both are
+    # eta1 alone; and eta1 alone is the same with "entropy" as with "detached".
+    "rescue-beta": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(gamma=RESCUE_GAMMA, beta=BETA)),
+    **{f"rescue-{name}-{grad}-{estimate}": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(
         gamma=RESCUE_GAMMA, masked_grad=grad, entropy_estimate=estimate, **ETAS[name]))
        for estimate in ("exact", "sampled") for name in ETAS for grad in GRADS[name]},
-    "rescue-none-full": (THREE, f"gamma-{RESCUE_GAMMA:g}", dict(gamma=RESCUE_GAMMA, masked_grad="full")),
+    "entropy-only": (THREE, "grpo", dict(gamma=0.0, eta1=ETA)),  # what the rescue does where there is nothing to rescue
+    "rescue-none-full": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(gamma=RESCUE_GAMMA, masked_grad="full")),
     **{f"mask-{ratio:g}-gamma-{gamma:g}": (THREE, f"gamma-{gamma:g}", dict(mask_ratio=ratio, gamma=gamma))
        for gamma in (BEST, 1.0) for ratio in (0.4, 0.8, 1.0)},
     **{f"variant-{name}": (THREE, f"gamma-{BEST:g}", dict(gamma=BEST, **changes)) for name, changes in {
@@ -127,18 +129,16 @@ def write_table(runs, path):
         table = csv.writer(file)
         table.writerow(["arm", "seeds", "step", "measure", "mean", "half_interval", "baseline", "minus_baseline",
                         "minus_half_interval", "relative", "relative_half_interval"])
-        for arm, by_seed in runs.items():
-            baseline = runs.get(ARMS[arm][1], {})
-            shared = [seed for seed in by_seed if seed in baseline]
-            for step in [line["step"] for line in next(iter(by_seed.values())) if "eval_accuracy" in line] + ["run"]:
+        for arm, baseline in [(arm, baseline) for arm in runs for baseline in ARMS[arm][1].split() if baseline in runs]:
+            shared = [seed for seed in runs[arm] if seed in runs[baseline]]
+            for step in [line["step"] for line in runs[arm][shared[0]] if "eval_accuracy" in line] + ["run"]:
                 for measure in measures:
-                    value = {seed: measured(lines, measure, step) for seed, lines in by_seed.items()}
-                    other = {seed: measured(baseline[seed], measure, step) for seed in shared}
-                    difference = interval([value[seed] - other[seed] for seed in shared]) if shared else (math.nan, math.nan)
-                    scale = 100 / mean(other.values()) if any(other.values()) else math.nan
-                    numbers = [*interval(list(value.values())), ARMS[arm][1], *difference, *(scale * x for x in difference)]
-                    cells = (x if isinstance(x, str) else f"{x:.2f}" for x in numbers)
-                    table.writerow([arm, len(value), step, measure, *cells])
+                    own, pair, other = ([measured(runs[name][seed], measure, step) for seed in seeds] for name, seeds in
+                                        ((arm, runs[arm]), (arm, shared), (baseline, shared)))
+                    difference = interval([a - b for a, b in zip(pair, other)])
+                    scale = 100 / mean(other) if any(other) else math.nan
+                    cells = [f"{x:.2f}" for x in (*interval(own), *difference, *(scale * x for x in difference))]
+                    table.writerow([arm, len(own), step, measure, *cells[:2], baseline, *cells[2:]])
 
 
 def write_texts(runs, path):
@@ -236,7 +236,7 @@ def draw(runs, out):
     ladder = ["grpo", "papo-g", *(arm for arm in ARMS if arm.startswith("gamma"))]
     plot_dots(runs, out / "gamma.png", sorted(ladder, key=lambda arm: ARMS[arm][2].get("gamma", 0.02)))
     plot_curves(runs, out / "signs.png", [["grpo", "papo-g", best, "gamma-1", rescue, "gamma-10"]], signs)
-    plot_dots(runs, out / "rescue.png", ["grpo", rescue, *(arm for arm in ARMS if arm.startswith("rescue"))])
+    plot_dots(runs, out / "rescue.png", ["grpo", rescue, *(arm for arm in ARMS if arm.startswith("rescue")), "entropy-only"])
     plot_dots(runs, out / "mask.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("mask")), "gamma-1"])
     plot_dots(runs, out / "variants.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("variant"))])
 
