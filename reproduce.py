@@ -59,8 +59,8 @@ ARMS = {  # name: (seeds, arms it is compared with, what differs from PAPO-G wit
     f"papo-d-{BEST:g}": (EIGHT, "dapo papo-d-entropy-only", dict(gamma=BEST, eta1=0.03, eta2=0.03, **DAPO)),
     **{f"gamma-{gamma:g}": (THREE, "grpo", dict(gamma=gamma))
        for gamma in (RESCUE_GAMMA, 0.005, 0.05, 0.1, 0.2, 0.5, 1.0, 10.0)},
-    # Left out because they are another arm to the bit: with "detached", H[pi_mask] is a constant, so eta2 does nothing and both are
-    # eta1 alone; and eta1 alone is the same with "entropy" as with "detached".
+    # Left out because they are another arm to the bit: with "detached", H[pi_mask] is a constant, so eta2 does nothing and
+    # both are eta1 alone; and eta1 alone is the same with "entropy" as with "detached".
     "rescue-beta": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(gamma=RESCUE_GAMMA, beta=BETA)),
     **{f"rescue-{name}-{grad}-{estimate}": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(
         gamma=RESCUE_GAMMA, masked_grad=grad, entropy_estimate=estimate, **ETAS[name]))
@@ -161,14 +161,13 @@ def seeds_of_all(runs, arms):
     return arms, sorted(set.intersection(*(set(runs[arm]) for arm in arms))) if arms else []
 
 
-def plot_curves(runs, path, rows, panels):
-    """A row of panels for each list of arms: every seed thin, the mean bold."""
-    rows = [row for row in rows if len(seeds_of_all(runs, row)[0]) > 1]
+def plot_curves(runs, path, rows):
+    """A row of panels {metric: title} for each list of arms: every seed thin, the mean bold."""
+    rows = [(arms, panels) for arms, panels in rows if len(seeds_of_all(runs, arms)[0]) > 1]
     if not rows:
         return
-    figure, axes = plt.subplots(len(rows), len(panels), figsize=(4.2 * len(panels), 3.4 * len(rows)), layout="constrained",
-                                squeeze=False)
-    for arms, line_of_axes in zip(rows, axes):
+    figure, axes = plt.subplots(len(rows), 3, figsize=(12.6, 3.4 * len(rows)), layout="constrained", squeeze=False)
+    for (arms, panels), line_of_axes in zip(rows, axes):
         arms, seeds = seeds_of_all(runs, arms)
         for axis, (metric, title) in zip(line_of_axes, panels.items()):
             for arm, colour, style in zip(arms, COLOURS, ["-", "--", "-.", ":"] * 2):
@@ -184,19 +183,22 @@ def plot_curves(runs, path, rows, panels):
     plt.close(figure)
 
 
-def plot_dots(runs, path, arms):
-    """Held-out accuracy over the run and at the end: every seed a dot, the mean with its 95 % interval."""
+def plot_arms(runs, path, arms):
+    """Held-out accuracy over the run and at the end, a line per seed and the mean; and over the run the paired difference from
+    the first arm, with its 95 % interval."""
     arms, seeds = seeds_of_all(runs, arms)
     if len(arms) < 2:
         return
-    figure, axes = plt.subplots(1, 2, figsize=(10, 1 + 0.3 * len(arms)), layout="constrained", sharey=True)
-    for axis, (when, title) in zip(axes, {"run": "over the run (steps 10 to 40)", "end": "at the end"}.items()):
-        for y, arm in enumerate(arms):
-            values = [measured(runs[arm][seed], "accuracy", when) for seed in seeds]
-            centre, half = interval(values)
-            axis.plot(values, [y] * len(values), "o", color=COLOURS[1], alpha=0.4, markersize=4)
-            axis.errorbar(centre, y, xerr=half, fmt="D", color=COLOURS[0], markersize=5, capsize=3, elinewidth=1)
-        axis.set(title=f"held-out accuracy, %, {title}", xlim=(-2, 102), yticks=range(len(arms)), yticklabels=arms)
+    over, end = ([[measured(runs[arm][seed], "accuracy", when) for seed in seeds] for arm in arms] for when in ("run", "end"))
+    panels = {"accuracy over the run, %": over, "accuracy at the end, %": end,
+              f"over the run, minus {arms[0]}": [[a - b for a, b in zip(row, over[0])] for row in over]}
+    figure, axes = plt.subplots(1, 3, figsize=(12.6, 1 + 0.3 * len(arms)), layout="constrained", sharey=True)
+    for axis, (title, values) in zip(axes, panels.items()):
+        axis.plot(values, range(len(arms)), "o-", color=COLOURS[1], alpha=0.35, markersize=4, linewidth=0.8)
+        centres, halves = zip(*map(interval, values))
+        axis.errorbar(centres, range(len(arms)), xerr=halves if "minus" in title else None, fmt="D", color=COLOURS[0],
+                      markersize=5, capsize=3, elinewidth=1)
+        axis.set(title=title, yticks=range(len(arms)), yticklabels=arms)
         axis.grid(alpha=0.3)
     axes[0].invert_yaxis()
     figure.savefig(path, dpi=80)
@@ -229,16 +231,17 @@ def draw(runs, out):
     on_grpo, on_dapo = ["grpo", "papo-g", best], [arm for arm in ARMS if "dapo" in arm or "papo-d" in arm]
     accuracy = {"eval_accuracy": "held-out accuracy", "eval_accuracy_medium": "medium dependency",
                 "eval_accuracy_high": "high dependency"}
-    signs = {"eval_accuracy": "held-out accuracy", "reward": "reward", "kl_prcp": "perception KL",
-             "clip_high_fraction": "share clipped high", "entropy": r"H[$\pi_\theta$]", "masked_entropy": r"H[$\pi_{mask}$]"}
-    plot_curves(runs, out / "main.png", [on_grpo, on_dapo], accuracy)
+    early = {"eval_accuracy": "held-out accuracy", "reward": "reward", "kl_prcp": "perception KL"}
+    later = {"clip_high_fraction": "share clipped high", "entropy": r"H[$\pi_\theta$]", "masked_entropy": r"H[$\pi_{mask}$]"}
+    plot_curves(runs, out / "main.png", [(on_grpo, accuracy), (on_dapo, accuracy)])
+    steep = ["papo-g", best, "gamma-1", rescue, "gamma-10"]
+    plot_curves(runs, out / "signs.png", [(steep, early), (steep, later)])
     plot_errors(runs, out / "errors.png", on_grpo + on_dapo)
     ladder = ["grpo", "papo-g", *(arm for arm in ARMS if arm.startswith("gamma"))]
-    plot_dots(runs, out / "gamma.png", sorted(ladder, key=lambda arm: ARMS[arm][2].get("gamma", 0.02)))
-    plot_curves(runs, out / "signs.png", [["grpo", "papo-g", best, "gamma-1", rescue, "gamma-10"]], signs)
-    plot_dots(runs, out / "rescue.png", ["grpo", rescue, *(arm for arm in ARMS if arm.startswith("rescue")), "entropy-only"])
-    plot_dots(runs, out / "mask.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("mask")), "gamma-1"])
-    plot_dots(runs, out / "variants.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("variant"))])
+    plot_arms(runs, out / "gamma.png", sorted(ladder, key=lambda arm: ARMS[arm][2].get("gamma", 0.02)))
+    plot_arms(runs, out / "rescue.png", ["grpo", rescue, *(arm for arm in ARMS if arm.startswith("rescue")), "entropy-only"])
+    plot_arms(runs, out / "mask.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("mask")), "gamma-1"])
+    plot_arms(runs, out / "variants.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("variant"))])
 
 
 def main(argv=None):
