@@ -67,11 +67,9 @@ ARMS = {  # name: (seeds, arms it is compared with, what differs from PAPO-G wit
        for estimate in ("exact", "sampled") for name in ETAS for grad in GRADS[name]},
     "entropy-only": (THREE, "grpo", dict(gamma=0.0, eta1=ETA)),  # what the rescue does where there is nothing to rescue
     "rescue-none-full": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(gamma=RESCUE_GAMMA, masked_grad="full")),
-    **{f"mask-{ratio:g}-gamma-{gamma:g}": (THREE, f"gamma-{gamma:g}", dict(mask_ratio=ratio, gamma=gamma))
-       for gamma in (BEST, 1.0) for ratio in (0.4, 0.8, 1.0)},
+    **{f"mask-{ratio:g}": (THREE, f"gamma-{BEST:g}", dict(mask_ratio=ratio, gamma=BEST)) for ratio in (0.4, 0.8, 1.0)},
     **{f"variant-{name}": (THREE, f"gamma-{BEST:g}", dict(gamma=BEST, **changes)) for name, changes in {
-        "full": dict(masked_grad="full"), "token": dict(aggregation="token"), "no-dual-clip": dict(clip_dual=math.inf),
-        "accuracy-only": dict(format_weight=0.0), "eta-exact": dict(eta1=0.05, eta2=0.05),
+        "full": dict(masked_grad="full"), "token": dict(aggregation="token"), "eta-exact": dict(eta1=0.05, eta2=0.05),
         "eta-sampled": dict(eta1=0.05, eta2=0.05, entropy_estimate="sampled"),
         "eta2-detached": dict(eta1=0.05, eta2=0.05, masked_grad="detached")}.items()}}
 
@@ -240,7 +238,7 @@ def draw(runs, out):
     ladder = ["grpo", "papo-g", *(arm for arm in ARMS if arm.startswith("gamma"))]
     plot_arms(runs, out / "gamma.png", sorted(ladder, key=lambda arm: ARMS[arm][2].get("gamma", 0.02)))
     plot_arms(runs, out / "rescue.png", ["grpo", rescue, *(arm for arm in ARMS if arm.startswith("rescue")), "entropy-only"])
-    plot_arms(runs, out / "mask.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("mask")), "gamma-1"])
+    plot_arms(runs, out / "mask.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("mask"))])
     plot_arms(runs, out / "variants.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("variant"))])
 
 
