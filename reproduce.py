@@ -64,8 +64,9 @@ ARMS = {  # name: (seeds, arms it is compared with, what differs from PAPO-G wit
     # Left out because they are another arm to the bit: with "detached", H[pi_mask] is a constant, so eta2 does nothing and
     # both are eta1 alone; and eta1 alone is the same with "entropy" as with "detached".
     "rescue-beta": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(gamma=RESCUE_GAMMA, beta=BETA)),
-    **{f"rescue-{name}-{grad}-{estimate}": (EIGHT if (name, grad, estimate) in SAVED else THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(
-        gamma=RESCUE_GAMMA, masked_grad=grad, entropy_estimate=estimate, **ETAS[name]))
+    **{f"rescue-{name}-{grad}-{estimate}": (
+        EIGHT if (name, grad, estimate) in SAVED else THREE, f"gamma-{RESCUE_GAMMA:g} grpo",
+        dict(gamma=RESCUE_GAMMA, masked_grad=grad, entropy_estimate=estimate, **ETAS[name]))
        for estimate in ("exact", "sampled") for name in ETAS for grad in GRADS[name]},
     "entropy-only": (THREE, "grpo", dict(gamma=0.0, eta1=ETA)),  # what the rescue does where there is nothing to rescue
     "rescue-none-full": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(gamma=RESCUE_GAMMA, masked_grad="full")),
@@ -239,9 +240,9 @@ def draw(runs, out):
     plot_errors(runs, out / "errors.png", on_grpo + on_dapo)
     ladder = ["grpo", "papo-g", *(arm for arm in ARMS if arm.startswith("gamma"))]
     plot_arms(runs, out / "gamma.png", sorted(ladder, key=lambda arm: ARMS[arm][2].get("gamma", 0.02)))
-    plot_arms(runs, out / "rescue.png", ["grpo", rescue, *(arm for arm in ARMS if arm.startswith("rescue")), "entropy-only"])
-    plot_arms(runs, out / "mask.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("mask"))])
-    plot_arms(runs, out / "variants.png", ["grpo", best, *(arm for arm in ARMS if arm.startswith("variant"))])
+    plot_arms(runs, out / "rescue.png", [rescue, *(arm for arm in ARMS if arm.startswith("rescue")), "entropy-only", "grpo"])
+    plot_arms(runs, out / "mask.png", [best, *(arm for arm in ARMS if arm.startswith("mask")), "grpo"])
+    plot_arms(runs, out / "variants.png", [best, *(arm for arm in ARMS if arm.startswith("variant")), "grpo"])
 
 
 def main(argv=None):
