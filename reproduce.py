@@ -43,25 +43,23 @@ from tqdm import tqdm
 
 import toy
 import train_small as ts
-from papo import PAPOConfig
 
 matplotlib.use("Agg")
 
 EIGHT, THREE = range(8), range(3)
 BEST, RESCUE_GAMMA, ETA, BETA = 0.3, 3.0, 3.0, 1.0  # see "Chosen" above
-DAPO = dict(beta=0.0, clip_high=0.28, aggregation="token", dynamic_sampling=True)
 # The rescues: which entropies are kept low, with which gradients through the masked pass.
 ETAS = {"eta1": dict(eta1=ETA), "eta2": dict(eta2=ETA), "both": dict(eta1=ETA, eta2=ETA)}
 GRADS = {"eta1": ("detached", "full"), "eta2": ("entropy", "full"), "both": ("entropy", "full")}
 SAVED = ("eta1", "detached", "exact"), ("both", "entropy", "exact")  # the rescues that looked best on three seeds
-ARMS = {  # name: (seeds, arms it is compared with, what differs from PAPO-G with the paper's gamma 0.02)
+ARMS = {  # name: (seeds, arms it is compared with, flags of train_small.py that differ from its defaults: PAPO-G)
     "grpo": (EIGHT, "grpo", dict(gamma=0.0)),
     "papo-g": (EIGHT, "grpo", {}),
     f"gamma-{BEST:g}": (EIGHT, "grpo", dict(gamma=BEST)),
-    "dapo": (EIGHT, "dapo", dict(gamma=0.0, **DAPO)),
-    "papo-d": (EIGHT, "dapo papo-d-entropy-only", dict(gamma=0.01, eta1=0.03, eta2=0.03, **DAPO)),
-    "papo-d-entropy-only": (EIGHT, "dapo", dict(gamma=0.0, eta1=0.03, eta2=0.03, **DAPO)),  # what the entropy terms do alone
-    f"papo-d-{BEST:g}": (EIGHT, "dapo papo-d-entropy-only", dict(gamma=BEST, eta1=0.03, eta2=0.03, **DAPO)),
+    "dapo": (EIGHT, "dapo", dict(algorithm="dapo")),
+    "papo-d": (EIGHT, "dapo papo-d-entropy-only", dict(algorithm="papo-d")),  # gamma 0.01, eta1 = eta2 = 0.03
+    "papo-d-entropy-only": (EIGHT, "dapo", dict(algorithm="papo-d", gamma=0.0)),  # what the entropy terms do alone
+    f"papo-d-{BEST:g}": (EIGHT, "dapo papo-d-entropy-only", dict(algorithm="papo-d", gamma=BEST)),
     **{f"gamma-{gamma:g}": (EIGHT if gamma == RESCUE_GAMMA else THREE, "grpo", dict(gamma=gamma))
        for gamma in (RESCUE_GAMMA, 0.005, 0.05, 0.1, 0.2, 0.5, 1.0, 10.0)},
     # Left out because they are another arm to the bit: with "detached", H[pi_mask] is a constant, so eta2 does nothing and
@@ -84,9 +82,7 @@ def run_arm(name, seed, steps, eval_size, recipe, path):
     """One run of one arm, with a line of metrics per step and, at each evaluation, what the policy writes."""
     torch.set_num_threads(1)
     model, processor = toy.warm_start(seed=seed, recipe=recipe)
-    sizes = {key: value for key, value in ts.TOY_SIZES.items() if key in PAPOConfig.__dataclass_fields__}
-    config = PAPOConfig(**{**sizes, **ARMS[name][2]})
-    run = ts.RunConfig(seed=seed, gradient_checkpointing=False)
+    config, run = ts.parse_args([f"--seed={seed}", *(f"--{flag}={value}" for flag, value in ARMS[name][2].items())])
     trainer = ts.Trainer(model, processor, config, run, toy.toy_dataset("train", 2048, seed=seed))
     held_out = toy.toy_dataset("test", eval_size, seed=0)
     lines = []
