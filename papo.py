@@ -88,33 +88,66 @@ class PAPOConfig:
 
     Raises ValueError, naming the field, for a value outside its range."""
 
-    gamma: float = option(0.02, "weight of the implicit perception KL (paper: gamma); 0 is plain GRPO; typical 0.005 to 0.02")
-    beta: float = option(0.01, "weight of the KL to the starting policy (paper: beta); 0 needs no reference; typical 0 to 0.04")
-    eta1: float = option(0.0, "weight of the entropy of the policy, minimised (paper: eta_1); typical 0 to 0.05")
-    eta2: float = option(0.0, "weight of the entropy of the masked policy, minimised (paper: eta_2); typical 0 to 0.05")
-    clip_low: float = option(0.2, "a ratio below 1 - clip_low earns nothing more (paper: epsilon_l); typical 0.2")
-    clip_high: float = option(0.3, "a ratio above 1 + clip_high earns nothing more (paper: epsilon_h); typical 0.2 to 0.3")
-    clip_dual: float = option(3.0, "for A < 0 the loss is at most clip_dual |A| (released code: c); above 1, inf turns it off")
+    gamma: float = option(
+        0.02, "weight of the implicit perception KL (paper: gamma); 0 is plain GRPO; typical 0.005 to 0.02"
+    )
+    beta: float = option(
+        0.01, "weight of the KL to the starting policy (paper: beta); 0 needs no reference; typical 0 to 0.04"
+    )
+    eta1: float = option(
+        0.0, "weight of the entropy of the policy, minimised (paper: eta_1); typical 0 to 0.05"
+    )
+    eta2: float = option(
+        0.0, "weight of the entropy of the masked policy, minimised (paper: eta_2); typical 0 to 0.05"
+    )
+    clip_low: float = option(
+        0.2, "a ratio below 1 - clip_low earns nothing more (paper: epsilon_l); typical 0.2"
+    )
+    clip_high: float = option(
+        0.3, "a ratio above 1 + clip_high earns nothing more (paper: epsilon_h); typical 0.2 to 0.3"
+    )
+    clip_dual: float = option(
+        3.0, "for A < 0 the loss is at most clip_dual |A| (released code: c); above 1, inf turns it off"
+    )
     aggregation: Literal["sequence", "token"] = option(
-        "sequence", "average over tokens: sequence = mean of per-response means (Eq. 2), token = one mean over all (Eq. 3)")
+        "sequence",
+        "average over tokens: sequence = mean of per-response means (Eq. 2), token = one mean over all (Eq. 3)",
+    )
     masked_grad: Literal["detached", "entropy", "full"] = option(
-        None, "which terms send gradient through the masked pass: detached = none, entropy = H[pi_mask], full = also the "
-        "perception KL; default: entropy if eta2 > 0, else detached")
+        None,
+        "which terms send gradient through the masked pass: detached = none, entropy = H[pi_mask], full = also the "
+        "perception KL; default: entropy if eta2 > 0, else detached",
+    )
     entropy_estimate: Literal["exact", "sampled"] = option(
-        "exact", "exact = sum over the vocabulary, sampled = -log pi of the sampled tokens (released code)")
-    mask_ratio: float = option(0.6, "probability of blacking out an image patch (paper: p); typical 0.6 to 0.8")
-    patch_size: int = option(14, "side of a masked patch in pixels (paper: s); the trainer takes the model's own")
+        "exact", "exact = sum over the vocabulary, sampled = -log pi of the sampled tokens (released code)"
+    )
+    mask_ratio: float = option(
+        0.6, "probability of blacking out an image patch (paper: p); typical 0.6 to 0.8"
+    )
+    patch_size: int = option(
+        14, "side of a masked patch in pixels (paper: s); the trainer takes the model's own"
+    )
     group_size: int = option(5, "responses sampled per question (paper: G); at least 2; typical 5 to 16")
     temperature: float = option(1.0, "sampling temperature, also used when scoring; typical 1.0")
-    top_p: float = option(1.0, "nucleus sampling: keep the likeliest tokens up to this mass; published runs: 0.99")
-    format_weight: float = option(0.1, "share of the reward that is for format, the rest is for accuracy (released code: 0.1)")
+    top_p: float = option(
+        1.0, "nucleus sampling: keep the likeliest tokens up to this mass; published runs: 0.99"
+    )
+    format_weight: float = option(
+        0.1, "share of the reward that is for format, the rest is for accuracy (released code: 0.1)"
+    )
     dynamic_sampling: bool = option(False, "redraw groups that are all right or all wrong (DAPO, PAPO-D)")
-    max_redraws: int = option(20, "with dynamic sampling, rounds of redrawing before training on what there is (paper: 20)")
+    max_redraws: int = option(
+        20, "with dynamic sampling, rounds of redrawing before training on what there is (paper: 20)"
+    )
     max_new_tokens: int = option(2048, "longest response, in tokens (published: 2048)")
     prompts_per_batch: int = option(384, "questions per rollout batch (published: 384)")
     prompts_per_sample: int = option(16, "questions sampled at a time; lower it to save memory")
-    updates_per_batch: int = option(3, "optimizer updates a rollout batch is split into (published: 384 / 128 = 3)")
-    tokens_per_forward: int = option(8192, "largest row (prompt + responses) of one forward pass; lower it to save memory")
+    updates_per_batch: int = option(
+        3, "optimizer updates a rollout batch is split into (published: 384 / 128 = 3)"
+    )
+    tokens_per_forward: int = option(
+        8192, "largest row (prompt + responses) of one forward pass; lower it to save memory"
+    )
     learning_rate: float = option(1e-6, "AdamW learning rate; published 1e-6 for full fine-tuning")
     weight_decay: float = option(0.01, "AdamW weight decay (published: 0.01)")
     max_grad_norm: float = option(1.0, "gradients longer than this are scaled down to it (published: 1.0)")
@@ -124,16 +157,34 @@ class PAPOConfig:
             self.masked_grad = "entropy" if self.eta2 > 0 else "detached"
         ranges = {  # name: (smallest, largest); "not a <= x <= b" also refuses nan
             **dict.fromkeys(("gamma", "beta", "eta1", "eta2", "clip_high", "weight_decay"), (0, 1e3)),
-            **dict.fromkeys(("clip_low", "mask_ratio", "format_weight"), (0, 1)), "clip_dual": (1, math.inf),
-            "temperature": (1e-3, 1e3), "top_p": (1e-6, 1), "learning_rate": (0, 1), "max_grad_norm": (1e-9, math.inf),
-            "group_size": (2, 1e6), "max_redraws": (0, 1e6), "prompts_per_batch": (self.updates_per_batch, 1e6),
-            **dict.fromkeys(("patch_size", "max_new_tokens", "prompts_per_sample", "updates_per_batch", "tokens_per_forward"),
-                            (1, 1e9))}
+            **dict.fromkeys(("clip_low", "mask_ratio", "format_weight"), (0, 1)),
+            "clip_dual": (1, math.inf),
+            "temperature": (1e-3, 1e3),
+            "top_p": (1e-6, 1),
+            "learning_rate": (0, 1),
+            "max_grad_norm": (1e-9, math.inf),
+            "group_size": (2, 1e6),
+            "max_redraws": (0, 1e6),
+            "prompts_per_batch": (self.updates_per_batch, 1e6),
+            **dict.fromkeys(
+                (
+                    "patch_size",
+                    "max_new_tokens",
+                    "prompts_per_sample",
+                    "updates_per_batch",
+                    "tokens_per_forward",
+                ),
+                (1, 1e9),
+            ),
+        }
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} must lie in [{low:g}, {high:g}], got {getattr(self, name)}")
-        for name, allowed in (("aggregation", ("sequence", "token")), ("masked_grad", ("detached", "entropy", "full")),
-                              ("entropy_estimate", ("exact", "sampled"))):
+        for name, allowed in (
+            ("aggregation", ("sequence", "token")),
+            ("masked_grad", ("detached", "entropy", "full")),
+            ("entropy_estimate", ("exact", "sampled")),
+        ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
 
@@ -142,12 +193,15 @@ class PAPOConfig:
         """A published recipe (Table 6 and 8 of [1]), with `changes` on top. Raises ValueError for an unknown name."""
         dapo = dict(beta=0.0, clip_high=0.28, aggregation="token", dynamic_sampling=True)
         presets = {
-            "papo-g-3b": dict(gamma=0.02), "papo-g-7b": dict(gamma=0.02, eta1=0.05, eta2=0.05),
+            "papo-g-3b": dict(gamma=0.02),
+            "papo-g-7b": dict(gamma=0.02, eta1=0.05, eta2=0.05),
             "papo-g-qwen3-2b": dict(gamma=0.01, patch_size=16),
             "papo-g-no-ref": dict(gamma=0.01, beta=0.0, eta1=0.03, eta2=0.03),
             "papo-d-3b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo),
             "papo-d-7b": dict(gamma=0.01, eta1=0.03, eta2=0.03, **dapo),
-            "grpo": dict(gamma=0.0), "dapo": dict(gamma=0.0, **dapo)}
+            "grpo": dict(gamma=0.0),
+            "dapo": dict(gamma=0.0, **dapo),
+        }
         if name not in presets:
             raise ValueError(f"unknown preset {name!r}, choose from {', '.join(presets)}")
         return cls(**{"top_p": 0.99, **presets[name], **changes})
@@ -179,8 +233,10 @@ def fit_image(processor, image):
     processor's smallest and largest. Unless its shape is extreme a second call changes nothing, nor does the processor.
     Raises ValueError for an image more than 200 times longer than wide."""
     size = processor.image_processor.size
-    return fetch_image({"image": image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
-                       image_patch_size=processor.image_processor.patch_size)
+    return fetch_image(
+        {"image": image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
+        image_patch_size=processor.image_processor.patch_size,
+    )
 
 
 def encode_prompt(processor, question: str, image) -> Prompt:
@@ -197,14 +253,18 @@ def encode_prompt(processor, question: str, image) -> Prompt:
     content = [{"type": "image"}, {"type": "text", "text": after + PROMPT_SUFFIX}]
     if before:
         content.insert(0, {"type": "text", "text": before})
-    text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+    )
     return processor(text=[text], images=[fit_image(processor, image)], return_tensors="pt")
 
 
 def vision_token_ids(model) -> list[int]:
     """Ids that stand for images in a Qwen-VL's input. Raises ValueError for a model that has no image token."""
     if getattr(model.config, "image_token_id", None) is None:
-        raise ValueError(f"{type(model).__name__} has no image token: PAPO needs a vision-language model (Qwen2-VL and later)")
+        raise ValueError(
+            f"{type(model).__name__} has no image token: PAPO needs a vision-language model (Qwen2-VL and later)"
+        )
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return [getattr(model.config, name) for name in names]
 
@@ -218,13 +278,19 @@ def encode_image(model, prompt) -> Prompt:
 
 def image_inputs(prompts: list[Prompt], device) -> dict:
     """The model's image arguments for several prompts: their patches, or features from encode_image, one after the other."""
-    inputs = {"image_grid_thw": torch.cat([prompt["image_grid_thw"] for prompt in prompts]).to(device)}  # (n, 3)
+    inputs = {
+        "image_grid_thw": torch.cat([prompt["image_grid_thw"] for prompt in prompts]).to(device)
+    }  # (n, 3)
     if "features" not in prompts[0]:
         return inputs | {"pixel_values": torch.cat([prompt["pixel_values"] for prompt in prompts]).to(device)}
     images = [prompt["features"] for prompt in prompts]
-    joined = type(images[0])(pooler_output=[x for image in images for x in image.pooler_output])  # n x (visual tokens, H)
+    joined = type(images[0])(
+        pooler_output=[x for image in images for x in image.pooler_output]
+    )  # n x (visual tokens, H)
     if getattr(images[0], "deepstack_features", None):  # Qwen3-VL: features of some inner layers too
-        joined.deepstack_features = [sum(layer, ()) for layer in zip(*(image.deepstack_features for image in images))]
+        joined.deepstack_features = [
+            sum(layer, ()) for layer in zip(*(image.deepstack_features for image in images))
+        ]
     return inputs | {"mm_encoder_outputs": {"image": joined}}
 
 
@@ -232,8 +298,12 @@ def rope_positions(model, input_ids, images, attention_mask=None):
     """M-RoPE positions (3, B, P) of prompts, always passed by hand: left to itself the model takes text-only ones, or
     those of an earlier call. Token types are read off the image token rather than trusted to be in the prompt."""
     is_image = (input_ids == model.config.image_token_id).int()  # (B, P) 1 on image positions
-    positions, _ = model.model.get_rope_index(input_ids, mm_token_type_ids=is_image, attention_mask=attention_mask,
-                                              image_grid_thw=images["image_grid_thw"])
+    positions, _ = model.model.get_rope_index(
+        input_ids,
+        mm_token_type_ids=is_image,
+        attention_mask=attention_mask,
+        image_grid_thw=images["image_grid_thw"],
+    )
     return positions
 
 
@@ -253,7 +323,9 @@ def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     columns, rows = math.ceil(image.width / patch_size), math.ceil(image.height / patch_size)
     black = torch.rand(rows, columns, generator=generator) < ratio  # (rows, columns) bool
-    stencil = Image.fromarray(black.byte().mul(255).numpy()).resize((columns * patch_size, rows * patch_size), Image.NEAREST)
+    stencil = Image.fromarray(black.byte().mul(255).numpy()).resize(
+        (columns * patch_size, rows * patch_size), Image.NEAREST
+    )
     masked = image.convert("RGB")  # a copy, also of an RGB image
     masked.paste((0, 0, 0), mask=stencil.crop((0, 0, *image.size)))
     return masked
@@ -272,12 +344,16 @@ def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
     if top_p < 1:
         ranked, order = probs.sort(-1, descending=True)  # (B, V), (B, V)
         outside = ranked.cumsum(-1) - ranked >= top_p  # (B, V) the mass before this token is enough already
-        probs = torch.zeros_like(probs).scatter(-1, order, ranked.masked_fill(outside, 0))  # (B, V), sums to <= 1
+        probs = torch.zeros_like(probs).scatter(
+            -1, order, ranked.masked_fill(outside, 0)
+        )  # (B, V), sums to <= 1
     return torch.multinomial(probs, 1, generator=generator)[:, 0]  # (B,) multinomial rescales
 
 
 @torch.no_grad()
-def sample_groups(model, processor, prompts, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None):
+def sample_groups(
+    model, processor, prompts, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None
+):
     """Sample group_size responses for each prompt: one prefill for all prompts, then one token a time for all responses.
 
     Nothing is taken from the model's generation_config, whose temperature and penalties would make a group's responses
@@ -290,10 +366,19 @@ def sample_groups(model, processor, prompts, group_size, max_new_tokens, tempera
     ids = [prompt["input_ids"][0].flip(0) for prompt in prompts]  # n x (P,), reversed to pad on the left
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     input_ids = pad_sequence(ids, batch_first=True, padding_value=pad).flip(1).to(device)  # (n, P)
-    seen = pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).flip(1).to(device)  # (n, P) 1 = not padding
+    seen = (
+        pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).flip(1).to(device)
+    )  # (n, P) 1 = not padding
     images = image_inputs(prompts, device)
     positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
-    out = model(input_ids=input_ids, attention_mask=seen, position_ids=positions, use_cache=True, logits_to_keep=1, **images)
+    out = model(
+        input_ids=input_ids,
+        attention_mask=seen,
+        position_ids=positions,
+        use_cache=True,
+        logits_to_keep=1,
+        **images,
+    )
 
     cache = out.past_key_values
     cache.batch_repeat_interleave(group_size)  # from here on B = n * G rows
@@ -311,43 +396,65 @@ def sample_groups(model, processor, prompts, group_size, max_new_tokens, tempera
             break
         position = position + 1
         seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)  # (B, P + t)
-        logits = model(input_ids=token[:, None], attention_mask=seen, position_ids=position.expand(3, 1, -1).mT,  # (3, B, 1)
-                       past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
+        logits = model(
+            input_ids=token[:, None],
+            attention_mask=seen,
+            position_ids=position.expand(3, 1, -1).mT,  # (3, B, 1)
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]  # (B, V)
     model.train(training)
 
     responses = []
     for row in torch.stack(tokens, dim=1).cpu():  # (T,) what it drew after its end is dropped
         ends = (row == tokenizer.eos_token_id).nonzero()  # (number of ends, 1)
-        responses.append(row[:ends[0, 0] + 1] if len(ends) else row)
-    return [responses[i:i + group_size] for i in range(0, len(responses), group_size)]
+        responses.append(row[: ends[0, 0] + 1] if len(ends) else row)
+    return [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. The rule-based reward: R_i
 # ---------------------------------------------------------------------------------------------------------------------
 
-GRADE_TIMEOUT = 3.0       # seconds math-verify gets for one answer
-MAX_ANSWER_CHARS = 1000   # a longer answer is right only if it is the very same string: bounds all work in this process
+GRADE_TIMEOUT = 3.0  # seconds math-verify gets for one answer
+MAX_ANSWER_CHARS = (
+    1000  # a longer answer is right only if it is the very same string: bounds all work in this process
+)
 
 # One spelling for what LaTeX spells in many ways; applied in this order.
-TIDY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in (
-    (r"\{,\}|,\\!", ","), (r"\\%", "%"), ("−", "-"), ("π", r"\\pi "), (r"√(\d+|\w)", r"\\sqrt{\1}"),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\^ ?\{? ?\\circ ?\}?|\\degree|\bdegrees?\b", "°"), (r"\^\{(\w)\}", r"^\1"),
-    (r"\\(?:text|math)(?:bf|rm|it|sf)?\{([^{}]*)\}", r" \1 "),
-    (r"\\(?:left|right|quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\\?\$|~|\s", " "),
-    # A space between digits or words, or after a comma, stays: "4 2" is not 42, "4, 200" not 4,200.
-    (r" +", " "), (r" ?([^\w\s,.]) ?", r"\1"), (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
-)]
+TIDY_RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\{,\}|,\\!", ","),
+        (r"\\%", "%"),
+        ("−", "-"),
+        ("π", r"\\pi "),
+        (r"√(\d+|\w)", r"\\sqrt{\1}"),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\^ ?\{? ?\\circ ?\}?|\\degree|\bdegrees?\b", "°"),
+        (r"\^\{(\w)\}", r"^\1"),
+        (r"\\(?:text|math)(?:bf|rm|it|sf)?\{([^{}]*)\}", r" \1 "),
+        (r"\\(?:left|right|quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\\?\$|~|\s", " "),
+        # A space between digits or words, or after a comma, stays: "4 2" is not 42, "4, 200" not 4,200.
+        (r" +", " "),
+        (r" ?([^\w\s,.]) ?", r"\1"),
+        (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),
+    )
+]
 DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
-NUMBER = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:[a-zA-Z%°]+(?:[ /][a-zA-Z]+)*(?:\^?[23²³])?)?)")  # and a unit
+NUMBER = re.compile(
+    rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:[a-zA-Z%°]+(?:[ /][a-zA-Z]+)*(?:\^?[23²³])?)?)"
+)  # and a unit
 UNIT = re.compile(r"°[CF]?|(?:[cdkm]?m|in|ft|mi|yd|units?|k?g)(?:/(?:hr?|s|min|[cdkm]?m))?(?:\^?[23²³])?")
-CHOICE = re.compile(r"\(?([A-J])(?:\).*|\. .*)?")   # B, (B), B), also with the option's text: B. 12 cm
+CHOICE = re.compile(r"\(?([A-J])(?:\).*|\. .*)?")  # B, (B), B), also with the option's text: B. 12 cm
 
 
 def extract_boxed(text: str) -> str | None:
     r"""Inside of the last balanced \boxed{...} in `text`, or None. Braces nest; \{ and \} are characters, not braces."""
-    opened, (start, end) = [], (0, 0)   # a stack and one pass: a million unclosed boxes take no longer than plain text
+    opened, (start, end) = (
+        [],
+        (0, 0),
+    )  # a stack and one pass: a million unclosed boxes take no longer than plain text
     for token in re.finditer(r"\\[{}]|(\\boxed\{|\{)|(\})", text):
         if token[1]:
             opened.append(token)
@@ -393,23 +500,27 @@ def same_by_rule(given: str, expected: str) -> bool | None:
         given_choice, expected_choice = (CHOICE.fullmatch(text.upper()) for text in (given, expected))
         return bool(given_choice and expected_choice) and given_choice[1] == expected_choice[1]
     # math-verify reads "4 2" as 4 + 2, and CBA as a product, hence as ABC.
-    if re.search(r"\d \d", f"{given}|{expected}") or re.fullmatch(r"[a-zA-Z ]{3,}\|[a-zA-Z ]{3,}", f"{given}|{expected}"):
+    if re.search(r"\d \d", f"{given}|{expected}") or re.fullmatch(
+        r"[a-zA-Z ]{3,}\|[a-zA-Z ]{3,}", f"{given}|{expected}"
+    ):
         return False
     numbers = parse_number(given), parse_number(expected)
     if not all(numbers):
         return None
-    (value, unit), (other, other_unit) = sorted(numbers, key=lambda number: number[1])   # no unit sorts first
+    (value, unit), (other, other_unit) = sorted(numbers, key=lambda number: number[1])  # no unit sorts first
     if not unit and other_unit == "%":
-        return value in (other, other / 100)   # 50% is written 50 or 0.5
+        return value in (other, other / 100)  # 50% is written 50 or 0.5
     if unit == other_unit or not unit and UNIT.fullmatch(other_unit):
         return value == other
-    return False if unit and sorted(unit) != sorted(other_unit) else None   # 12 cm is not 12 m; 2xy may be 2yx
+    return False if unit and sorted(unit) != sorted(other_unit) else None  # 12 cm is not 12 m; 2xy may be 2yx
 
 
 def same_by_algebra(given: str, expected: str) -> bool:
     """math-verify's verdict. Runs in the child process: nothing here bounds its time or memory."""
-    given, expected = (math_verify.parse(rf"\boxed{{{text}}}".replace("°", ""), parsing_timeout=None)
-                       for text in (given, expected))
+    given, expected = (
+        math_verify.parse(rf"\boxed{{{text}}}".replace("°", ""), parsing_timeout=None)
+        for text in (given, expected)
+    )
     return math_verify.verify(expected, given, timeout_seconds=None)
 
 
@@ -428,12 +539,12 @@ def answers_match(given: str, expected: str) -> bool:
     if verdict is not None:
         return verdict
     # math-verify's own time-outs are signals: main thread only, and 9^{9^{9}} can outlast them. Killing a process is sure.
-    if not grading_pool().active:   # pebble gives a pool up when its idle worker dies
+    if not grading_pool().active:  # pebble gives a pool up when its idle worker dies
         grading_pool.cache_clear()
     future = grading_pool().schedule(same_by_algebra, args=(given, expected), timeout=GRADE_TIMEOUT)
     try:
         return future.result()
-    except Exception:   # out of time, crashed, or an error in the parser: not shown to be right
+    except Exception:  # out of time, crashed, or an error in the parser: not shown to be right
         return False
 
 
@@ -480,6 +591,7 @@ def token_logps(hidden, targets, head, temperature=1.0):
 
     hidden (N, H), targets (N,) -> logps (N,), entropy (N,), fp32. Each chunk's logits are computed again in backward: a
     plain loop would keep them all alive for autograd, 2.4 GB per copy for 4,000 tokens of a 151,936-word vocabulary."""
+
     def chunk_logps(hidden, targets):
         log_probs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
         entropy = -(log_probs.exp() * log_probs).sum(-1)  # (N,)
@@ -503,17 +615,25 @@ def group_row(model, prompt, responses):
     P, lengths = prompt["input_ids"].shape[1], [len(o) for o in responses]
     row = torch.cat([prompt["input_ids"][0], *responses])[None].to(device)  # (1, L)
     images = image_inputs([prompt], device)
-    owner = torch.arange(len(responses) + 1).repeat_interleave(torch.tensor([P, *lengths])).to(device)  # (L,) 0: the prompt
+    owner = (
+        torch.arange(len(responses) + 1).repeat_interleave(torch.tensor([P, *lengths])).to(device)
+    )  # (L,) 0: the prompt
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own response, or prompt
     visible = visible.tril()[None, None]  # (1, 1, L, L) and never the future
-    place = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) a token's place in its response, 0 .. |o| - 1
+    place = torch.cat([torch.arange(n) for n in lengths]).to(
+        device
+    )  # (N,) a token's place in its response, 0 .. |o| - 1
     positions = rope_positions(model, row[:, :P], images)  # (3, 1, P)
     after = positions.max() + 1 + place  # (N,)
     positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)  # (3, 1, L)
     predictor = torch.arange(P - 1, row.shape[1] - 1, device=device).where(place > 0, P - 1)  # (N,)
     # Numbers added to the attention scores: eager attention would add a boolean mask as 0 and 1.
-    bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill(~visible, torch.finfo(model.dtype).min)  # (1, 1, L, L)
-    return dict(input_ids=row, attention_mask=bias, position_ids=positions, use_cache=False, **images), predictor
+    bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill(
+        ~visible, torch.finfo(model.dtype).min
+    )  # (1, 1, L, L)
+    return dict(
+        input_ids=row, attention_mask=bias, position_ids=positions, use_cache=False, **images
+    ), predictor
 
 
 def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
@@ -529,7 +649,9 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
     if torch.isin(targets, torch.tensor(vision_token_ids(model), device=model.device)).any():
         raise ValueError("a response contains a vision token: it would be taken for an image position")
     if model.config._attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"a group row needs attention sdpa or eager, the model uses {model.config._attn_implementation}")
+        raise ValueError(
+            f"a group row needs attention sdpa or eager, the model uses {model.config._attn_implementation}"
+        )
     inputs, predictor = group_row(model, prompt, responses)
     hidden = model.model(**inputs).last_hidden_state[0, predictor]  # (N, H)
     logps, entropy = token_logps(hidden, targets, model.get_output_embeddings(), temperature)  # (N,), (N,)
@@ -552,7 +674,9 @@ def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_
     check_shapes(logps=(logps, "B T"), old_logps=(old_logps, "B T"), advantages=(advantages, "B"))
     advantages = advantages[:, None]  # (B, 1)
     ratio = (logps - old_logps).clamp(-20, 20).exp()  # (B, T)
-    loss = torch.maximum(-ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages)  # (B, T)
+    loss = torch.maximum(
+        -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    )  # (B, T)
     return torch.where(advantages < 0, loss.minimum(-clip_dual * advantages), loss)  # (B, T)
 
 
@@ -574,7 +698,9 @@ def aggregate(per_token, response_mask, mode):
     "token":    1/(sum_i |o_i|) sum_i sum_t, each token counts alike ([1] Eq. 3)."""
     check_shapes(per_token=(per_token, "B T"), response_mask=(response_mask, "B T"))
     counts = response_mask.bool().sum(1)  # (B,)
-    sums = per_token.masked_fill(~response_mask.bool(), 0).sum(1)  # (B,) filled, not multiplied: 0 x nan is nan
+    sums = per_token.masked_fill(~response_mask.bool(), 0).sum(
+        1
+    )  # (B,) filled, not multiplied: 0 x nan is nan
     if mode == "sequence":
         return (sums / counts.clamp(min=1)).mean()
     if mode == "token":
@@ -587,8 +713,17 @@ def aggregate(per_token, response_mask, mode):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def papo_loss(config, logps, old_logps, advantages, response_mask, masked_logps=None, ref_logps=None,
-              entropy=None, masked_entropy=None):
+def papo_loss(
+    config,
+    logps,
+    old_logps,
+    advantages,
+    response_mask,
+    masked_logps=None,
+    ref_logps=None,
+    entropy=None,
+    masked_entropy=None,
+):
     """The PAPO loss, minus J of [1] Eq. 2 (Eq. 3 for PAPO-D):
 
         policy + beta KL[pi || pi_ref] - gamma KL[pi || pi_mask] + eta1 H[pi] + eta2 H[pi_mask]
@@ -599,9 +734,18 @@ def papo_loss(config, logps, old_logps, advantages, response_mask, masked_logps=
     nothing at all, so gamma = 0 is GRPO to the bit; it is still measured if its inputs are given. Gradient reaches
     masked_logps and masked_entropy only as config.masked_grad says (table in the header).
     Raises ValueError if shapes disagree or a term with a weight lacks its input."""
-    given = dict(logps=logps, old_logps=old_logps, response_mask=response_mask, masked_logps=masked_logps,
-                 ref_logps=ref_logps, entropy=entropy, masked_entropy=masked_entropy)
-    check_shapes(**{name: (x, "B T") for name, x in given.items() if x is not None}, advantages=(advantages, "B"))
+    given = dict(
+        logps=logps,
+        old_logps=old_logps,
+        response_mask=response_mask,
+        masked_logps=masked_logps,
+        ref_logps=ref_logps,
+        entropy=entropy,
+        masked_entropy=masked_entropy,
+    )
+    check_shapes(
+        **{name: (x, "B T") for name, x in given.items() if x is not None}, advantages=(advantages, "B")
+    )
     if masked_logps is None and (config.gamma or config.eta2):
         raise ValueError("gamma or eta2 is not 0: papo_loss needs masked_logps")
     if ref_logps is None and config.beta:
@@ -609,8 +753,17 @@ def papo_loss(config, logps, old_logps, advantages, response_mask, masked_logps=
     mean = lambda per_token: aggregate(per_token, response_mask, config.aggregation)  # (B, T) -> scalar
 
     # Every term: its name, its weight in the loss, its mean over tokens.
-    terms = [("policy_loss", 1.0, mean(clipped_policy_loss(
-        logps, old_logps.detach(), advantages, config.clip_low, config.clip_high, config.clip_dual)))]
+    terms = [
+        (
+            "policy_loss",
+            1.0,
+            mean(
+                clipped_policy_loss(
+                    logps, old_logps.detach(), advantages, config.clip_low, config.clip_high, config.clip_dual
+                )
+            ),
+        )
+    ]
     if ref_logps is not None:
         terms.append(("kl_ref", config.beta, mean(kl_k3(logps, ref_logps.detach()))))
     terms.append(("entropy", config.eta1, mean(-logps if entropy is None else entropy)))
@@ -624,10 +777,15 @@ def papo_loss(config, logps, old_logps, advantages, response_mask, masked_logps=
 
     loss = sum(weight * term for _, weight, term in terms if weight)
     ratio = (logps - old_logps).detach().clamp(-20, 20).exp()  # (B, T)
-    metrics = {"loss": loss.item(), "kl_ref": 0.0, "kl_prcp": 0.0, "masked_entropy": 0.0,
-               **{name: term.item() for name, _, term in terms},
-               "clip_high_fraction": mean((ratio > 1 + config.clip_high).float()).item(),
-               "clip_low_fraction": mean((ratio < 1 - config.clip_low).float()).item()}
+    metrics = {
+        "loss": loss.item(),
+        "kl_ref": 0.0,
+        "kl_prcp": 0.0,
+        "masked_entropy": 0.0,
+        **{name: term.item() for name, _, term in terms},
+        "clip_high_fraction": mean((ratio > 1 + config.clip_high).float()).item(),
+        "clip_low_fraction": mean((ratio < 1 - config.clip_low).float()).item(),
+    }
     return loss, metrics
 
 
@@ -667,15 +825,27 @@ def prepare(model, processor, question, image) -> Prompt:
 def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
     """Encode, sample, reward and standardise: a Group per row, not yet masked. generator: on the model's device."""
     prompts = [prepare(model, processor, row["problem"], row["images"][0]) for row in rows]
-    sampled = sample_groups(model, processor, prompts, config.group_size, config.max_new_tokens, config.temperature,
-                            config.top_p, generator)
+    sampled = sample_groups(
+        model,
+        processor,
+        prompts,
+        config.group_size,
+        config.max_new_tokens,
+        config.temperature,
+        config.top_p,
+        generator,
+    )
     groups = []
     for row, prompt, responses in zip(rows, prompts, sampled):
         # Thinking models' chat templates open the <think> themselves; the format rule wants to see it.
         opened = processor.tokenizer.decode(prompt["input_ids"][0, -4:]).rstrip().endswith("<think>")
-        texts = [opened * "<think>" + processor.tokenizer.decode(o, skip_special_tokens=True) for o in responses]
+        texts = [
+            opened * "<think>" + processor.tokenizer.decode(o, skip_special_tokens=True) for o in responses
+        ]
         scores = [compute_reward(text, row["answer"], config.format_weight) for text in texts]
-        groups.append(Group(row, prompt, responses, texts, scores, group_advantages([s["reward"] for s in scores])))
+        groups.append(
+            Group(row, prompt, responses, texts, scores, group_advantages([s["reward"] for s in scores]))
+        )
     return groups
 
 
@@ -684,10 +854,17 @@ def roll_out(model, processor, config, rows, generator):
 
     With dynamic_sampling (DAPO, PAPO-D) only mixed groups are kept and the missing ones redrawn, at most max_redraws
     times; then the batch stays short. Returns the groups and the number of redraws."""
-    seeds = torch.randint(2**62, (2,), generator=generator).tolist()  # of their own, so that masking moves no sample
-    sampling, masking = torch.Generator(model.device).manual_seed(seeds[0]), torch.Generator().manual_seed(seeds[1])
+    seeds = torch.randint(
+        2**62, (2,), generator=generator
+    ).tolist()  # of their own, so that masking moves no sample
+    sampling, masking = (
+        torch.Generator(model.device).manual_seed(seeds[0]),
+        torch.Generator().manual_seed(seeds[1]),
+    )
     groups, redraws = [], -1
-    while len(groups) < config.prompts_per_batch and redraws < (config.max_redraws if config.dynamic_sampling else 0):
+    while len(groups) < config.prompts_per_batch and redraws < (
+        config.max_redraws if config.dynamic_sampling else 0
+    ):
         missing, drawn = config.prompts_per_batch - len(groups), []
         while len(drawn) < missing:
             share = [next(rows) for _ in range(min(config.prompts_per_sample, missing - len(drawn)))]
@@ -721,9 +898,12 @@ def score_constants(model, reference, config, groups):
 
     reference: called without arguments it gives a context manager around the reference model, for example
     `lambda: nullcontext(frozen_copy)`, or one that switches a LoRA adapter off."""
+
     def score(model, group):
         parts = [group.responses[part] for part in split_group(config, group.prompt, group.responses)]
-        rows = [row for part in parts for row in group_logps(model, group.prompt, part, config.temperature)[0]]  # G x (<= T,)
+        rows = [
+            row for part in parts for row in group_logps(model, group.prompt, part, config.temperature)[0]
+        ]  # G x (<= T,)
         return pad_sequence(rows, batch_first=True)  # (G, T)
 
     model.eval()
@@ -738,7 +918,7 @@ def score_constants(model, reference, config, groups):
 def split_batch(config, groups) -> list[list[Group]]:
     """Split a rollout batch into updates_per_batch updates of nearly equal size (fewer if there are fewer groups)."""
     count = min(config.updates_per_batch, len(groups))
-    return [groups[len(groups) * i // count:len(groups) * (i + 1) // count] for i in range(count)]
+    return [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
 
 
 def papo_step(model, optimizer, config, groups):
@@ -752,8 +932,10 @@ def papo_step(model, optimizer, config, groups):
         raise ValueError("papo_step needs at least one group")
     model.train()
     optimizer.zero_grad(set_to_none=True)
-    total = {"sequence": sum(len(group.responses) for group in groups),
-             "token": sum(len(o) for group in groups for o in group.responses)}[config.aggregation]
+    total = {
+        "sequence": sum(len(group.responses) for group in groups),
+        "token": sum(len(o) for group in groups for o in group.responses),
+    }[config.aggregation]
     metrics = {}
     for group in groups:
         for part in split_group(config, group.prompt, group.responses):
@@ -775,7 +957,9 @@ def group_loss(model, config, group, part=slice(None)):
     aggregation (responses or tokens) it averages."""
     responses = group.responses[part]
     exact = config.entropy_estimate == "exact"
-    logps, response_mask, entropy = group_logps(model, group.prompt, responses, config.temperature, with_entropy=True)
+    logps, response_mask, entropy = group_logps(
+        model, group.prompt, responses, config.temperature, with_entropy=True
+    )
     T = logps.shape[1]  # here G and T are those of the part
     old_logps = logps.detach() if group.old_logps is None else group.old_logps[part, :T]  # (G, T)
     ref_logps = None if group.ref_logps is None else group.ref_logps[part, :T]  # (G, T)
@@ -783,8 +967,18 @@ def group_loss(model, config, group, part=slice(None)):
     if group.masked_prompt is not None:
         with torch.set_grad_enabled(config.masked_grad != "detached"):
             masked_logps, _, masked_entropy = group_logps(
-                model, group.masked_prompt, responses, config.temperature, with_entropy=True)  # (G, T)
-    loss, metrics = papo_loss(config, logps, old_logps, group.advantages[part].to(logps.device), response_mask, masked_logps,
-                              ref_logps, entropy if exact else None, masked_entropy if exact else None)
+                model, group.masked_prompt, responses, config.temperature, with_entropy=True
+            )  # (G, T)
+    loss, metrics = papo_loss(
+        config,
+        logps,
+        old_logps,
+        group.advantages[part].to(logps.device),
+        response_mask,
+        masked_logps,
+        ref_logps,
+        entropy if exact else None,
+        masked_entropy if exact else None,
+    )
     count = len(responses) if config.aggregation == "sequence" else int(response_mask.sum())
     return loss, metrics, count

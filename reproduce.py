@@ -51,38 +51,69 @@ BEST, RESCUE_GAMMA, ETA, BETA = 0.3, 3.0, 3.0, 1.0  # see "Chosen" above
 # The rescues: which entropies are kept low, with which gradients through the masked pass.
 ETAS = {"eta1": dict(eta1=ETA), "eta2": dict(eta2=ETA), "both": dict(eta1=ETA, eta2=ETA)}
 GRADS = {"eta1": ("detached", "full"), "eta2": ("entropy", "full"), "both": ("entropy", "full")}
-SAVED = ("eta1", "detached", "exact"), ("both", "entropy", "exact")  # the rescues that looked best on three seeds
+SAVED = (
+    ("eta1", "detached", "exact"),
+    ("both", "entropy", "exact"),
+)  # the rescues that looked best on three seeds
 ARMS = {  # name: (seeds, arms it is compared with, flags of train_small.py that differ from its defaults: PAPO-G)
     "grpo": (EIGHT, "grpo", dict(gamma=0.0)),
     "papo-g": (EIGHT, "grpo", {}),
     f"gamma-{BEST:g}": (EIGHT, "grpo", dict(gamma=BEST)),
     "dapo": (EIGHT, "dapo", dict(algorithm="dapo")),
     "papo-d": (EIGHT, "dapo papo-d-entropy-only", dict(algorithm="papo-d")),  # gamma 0.01, eta1 = eta2 = 0.03
-    "papo-d-entropy-only": (EIGHT, "dapo", dict(algorithm="papo-d", gamma=0.0)),  # what the entropy terms do alone
+    "papo-d-entropy-only": (
+        EIGHT,
+        "dapo",
+        dict(algorithm="papo-d", gamma=0.0),
+    ),  # what the entropy terms do alone
     f"papo-d-{BEST:g}": (EIGHT, "dapo papo-d-entropy-only", dict(algorithm="papo-d", gamma=BEST)),
-    **{f"gamma-{gamma:g}": (EIGHT if gamma == RESCUE_GAMMA else THREE, "grpo", dict(gamma=gamma))
-       for gamma in (RESCUE_GAMMA, 0.005, 0.05, 0.1, 0.2, 0.5, 1.0, 10.0)},
+    **{
+        f"gamma-{gamma:g}": (EIGHT if gamma == RESCUE_GAMMA else THREE, "grpo", dict(gamma=gamma))
+        for gamma in (RESCUE_GAMMA, 0.005, 0.05, 0.1, 0.2, 0.5, 1.0, 10.0)
+    },
     # Left out because they are another arm to the bit: with "detached", H[pi_mask] is a constant, so eta2 does nothing and
     # both are eta1 alone; and eta1 alone is the same with "entropy" as with "detached".
     "rescue-beta": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(gamma=RESCUE_GAMMA, beta=BETA)),
-    **{f"rescue-{name}-{grad}-{estimate}": (
-        EIGHT if (name, grad, estimate) in SAVED else THREE, f"gamma-{RESCUE_GAMMA:g} grpo",
-        dict(gamma=RESCUE_GAMMA, masked_grad=grad, entropy_estimate=estimate, **ETAS[name]))
-       for estimate in ("exact", "sampled") for name in ETAS for grad in GRADS[name]},
-    "entropy-only": (THREE, "grpo", dict(gamma=0.0, eta1=ETA)),  # what the rescue does where there is nothing to rescue
+    **{
+        f"rescue-{name}-{grad}-{estimate}": (
+            EIGHT if (name, grad, estimate) in SAVED else THREE,
+            f"gamma-{RESCUE_GAMMA:g} grpo",
+            dict(gamma=RESCUE_GAMMA, masked_grad=grad, entropy_estimate=estimate, **ETAS[name]),
+        )
+        for estimate in ("exact", "sampled")
+        for name in ETAS
+        for grad in GRADS[name]
+    },
+    "entropy-only": (
+        THREE,
+        "grpo",
+        dict(gamma=0.0, eta1=ETA),
+    ),  # what the rescue does where there is nothing to rescue
     "rescue-none-full": (THREE, f"gamma-{RESCUE_GAMMA:g} grpo", dict(gamma=RESCUE_GAMMA, masked_grad="full")),
-    **{f"mask-{ratio:g}": (THREE, f"gamma-{BEST:g}", dict(mask_ratio=ratio, gamma=BEST)) for ratio in (0.4, 0.8, 1.0)},
-    **{f"variant-{name}": (THREE, f"gamma-{BEST:g}", dict(gamma=BEST, **changes)) for name, changes in {
-        "full": dict(masked_grad="full"), "token": dict(aggregation="token"), "eta-exact": dict(eta1=0.05, eta2=0.05),
-        "eta-sampled": dict(eta1=0.05, eta2=0.05, entropy_estimate="sampled"),
-        "eta1": dict(eta1=0.05)}.items()}}  # to the bit also eta1 = eta2 = 0.05 with masked_grad "detached"
+    **{
+        f"mask-{ratio:g}": (THREE, f"gamma-{BEST:g}", dict(mask_ratio=ratio, gamma=BEST))
+        for ratio in (0.4, 0.8, 1.0)
+    },
+    **{
+        f"variant-{name}": (THREE, f"gamma-{BEST:g}", dict(gamma=BEST, **changes))
+        for name, changes in {
+            "full": dict(masked_grad="full"),
+            "token": dict(aggregation="token"),
+            "eta-exact": dict(eta1=0.05, eta2=0.05),
+            "eta-sampled": dict(eta1=0.05, eta2=0.05, entropy_estimate="sampled"),
+            "eta1": dict(eta1=0.05),
+        }.items()
+    },
+}  # to the bit also eta1 = eta2 = 0.05 with masked_grad "detached"
 
 
 def run_arm(name, seed, steps, eval_size, recipe, path):
     """One run of one arm, with a line of metrics per step and, at each evaluation, what the policy writes."""
     torch.set_num_threads(1)
     model, processor = toy.warm_start(seed=seed, recipe=recipe)
-    config, run = ts.parse_args([f"--seed={seed}", *(f"--{flag}={value}" for flag, value in ARMS[name][2].items())])
+    config, run = ts.parse_args(
+        [f"--seed={seed}", *(f"--{flag}={value}" for flag, value in ARMS[name][2].items())]
+    )
     trainer = ts.Trainer(model, processor, config, run, toy.toy_dataset("train", 2048, seed=seed))
     held_out = toy.toy_dataset("test", eval_size, seed=0)
     lines = []
@@ -112,35 +143,65 @@ def load_runs(folder):
 def interval(values):
     """Mean and half the width of its 95 % interval (Student's t); nan for fewer than two values."""
     t95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-    return mean(values), t95[len(values)] * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return mean(values), t95[len(values)] * stdev(values) / math.sqrt(len(values)) if len(
+        values
+    ) > 1 else math.nan
 
 
 def measured(lines, measure, when):
     """One run's held-out measure in percent at a step, at the "end", or over the "run": the mean after the first."""
     values = {line["step"]: 100 * line[f"eval_{measure}"] for line in lines if "eval_accuracy" in line}
-    return mean(list(values.values())[1:]) if when == "run" else values[max(values) if when == "end" else when]
+    return (
+        mean(list(values.values())[1:]) if when == "run" else values[max(values) if when == "end" else when]
+    )
 
 
 def write_table(runs, path):
     """results/arms.csv, in percent: each arm's mean over its seeds; over the seeds it shares with its baseline the paired
     difference, and that relative to the baseline's mean, which is taken as exact."""
-    measures = ["accuracy", "accuracy_low", "accuracy_medium", "accuracy_high", *(f"error_{kind}" for kind in toy.ERROR_TYPES)]
+    measures = [
+        "accuracy",
+        "accuracy_low",
+        "accuracy_medium",
+        "accuracy_high",
+        *(f"error_{kind}" for kind in toy.ERROR_TYPES),
+    ]
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["arm", "seeds", "step", "measure", "mean", "half_interval", "baseline", "shared_seeds",
-                        "minus_baseline", "minus_half_interval", "relative", "relative_half_interval"])
-        for arm, baseline in [(arm, baseline) for arm in runs for baseline in ARMS[arm][1].split()]:
+        table.writerow(
+            [
+                "arm",
+                "seeds",
+                "step",
+                "measure",
+                "mean",
+                "half_interval",
+                "baseline",
+                "shared_seeds",
+                "minus_baseline",
+                "minus_half_interval",
+                "relative",
+                "relative_half_interval",
+            ]
+        )
+        for arm, baseline in [(name, baseline) for name in runs for baseline in ARMS[name][1].split()]:
             shared = [seed for seed in runs[arm] if seed in runs.get(baseline, {})]
             if not shared:
                 continue
             for step in [line["step"] for line in runs[arm][shared[0]] if "eval_accuracy" in line] + ["run"]:
                 for measure in measures:
-                    own, pair, other = ([measured(runs[name][seed], measure, step) for seed in seeds] for name, seeds in
-                                        ((arm, runs[arm]), (arm, shared), (baseline, shared)))
+                    own, pair, other = (
+                        [measured(runs[name][seed], measure, step) for seed in seeds]
+                        for name, seeds in ((arm, runs[arm]), (arm, shared), (baseline, shared))
+                    )
                     difference = interval([a - b for a, b in zip(pair, other)])
                     scale = 100 / mean(other) if any(other) else math.nan
-                    cells = [f"{x:.2f}" for x in (*interval(own), *difference, *(scale * x for x in difference))]
-                    table.writerow([arm, len(own), step, measure, *cells[:2], baseline, len(shared), *cells[2:]])
+                    cells = [
+                        f"{x:.2f}" for x in (*interval(own), *difference, *(scale * x for x in difference))
+                    ]
+                    table.writerow(
+                        [arm, len(own), step, measure, *cells[:2], baseline, len(shared), *cells[2:]]
+                    )
 
 
 def write_texts(runs, path):
@@ -155,7 +216,16 @@ def write_texts(runs, path):
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
-COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]  # Okabe and Ito
+COLOURS = [
+    "#000000",
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#999999",
+]  # Okabe and Ito
 
 
 def seeds_of_all(runs, arms):
@@ -170,7 +240,9 @@ def plot_curves(runs, path, rows):
     rows = [(arms, panels) for arms, panels in rows if len(seeds_of_all(runs, arms)[0]) > 1]
     if not rows:
         return
-    figure, axes = plt.subplots(len(rows), 3, figsize=(12.6, 3.4 * len(rows)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(rows), 3, figsize=(12.6, 3.4 * len(rows)), layout="constrained", squeeze=False
+    )
     for (arms, panels), line_of_axes in zip(rows, axes):
         arms, seeds = seeds_of_all(runs, arms)
         for axis, (metric, title) in zip(line_of_axes, panels.items()):
@@ -179,7 +251,14 @@ def plot_curves(runs, path, rows):
                 values = [[runs[arm][seed][step].get(metric, math.nan) for step in steps] for seed in seeds]
                 for each in values:
                     axis.plot(steps, each, style, color=colour, alpha=0.25, linewidth=0.7)
-                axis.plot(steps, [mean(column) for column in zip(*values)], style, color=colour, linewidth=2, label=arm)
+                axis.plot(
+                    steps,
+                    [mean(column) for column in zip(*values)],
+                    style,
+                    color=colour,
+                    linewidth=2,
+                    label=arm,
+                )
             axis.set(title=title, xlabel="step")
             axis.grid(alpha=0.3)
         line_of_axes[0].legend(frameon=False, fontsize="small")
@@ -193,15 +272,29 @@ def plot_arms(runs, path, arms):
     arms, seeds = seeds_of_all(runs, arms)
     if len(arms) < 2:
         return
-    over, end = ([[measured(runs[arm][seed], "accuracy", when) for seed in seeds] for arm in arms] for when in ("run", "end"))
-    panels = {"accuracy over the run, %": over, "accuracy at the end, %": end,
-              f"over the run, minus {arms[0]}": [[a - b for a, b in zip(row, over[0])] for row in over]}
+    over, end = (
+        [[measured(runs[arm][seed], "accuracy", when) for seed in seeds] for arm in arms]
+        for when in ("run", "end")
+    )
+    panels = {
+        "accuracy over the run, %": over,
+        "accuracy at the end, %": end,
+        f"over the run, minus {arms[0]}": [[a - b for a, b in zip(row, over[0])] for row in over],
+    }
     figure, axes = plt.subplots(1, 3, figsize=(12.6, 1 + 0.3 * len(arms)), layout="constrained", sharey=True)
     for axis, (title, values) in zip(axes, panels.items()):
         axis.plot(values, range(len(arms)), "o-", color=COLOURS[1], alpha=0.35, markersize=4, linewidth=0.8)
         centres, halves = zip(*map(interval, values))
-        axis.errorbar(centres, range(len(arms)), xerr=halves if "minus" in title else None, fmt="D", color=COLOURS[0],
-                      markersize=5, capsize=3, elinewidth=1)
+        axis.errorbar(
+            centres,
+            range(len(arms)),
+            xerr=halves if "minus" in title else None,
+            fmt="D",
+            color=COLOURS[0],
+            markersize=5,
+            capsize=3,
+            elinewidth=1,
+        )
         axis.set(title=title, yticks=range(len(arms)), yticklabels=arms)
         axis.grid(alpha=0.3)
     axes[0].invert_yaxis()
@@ -233,17 +326,28 @@ def draw(runs, out):
     write_texts(runs, out / "texts.md")
     best, rescue = f"gamma-{BEST:g}", f"gamma-{RESCUE_GAMMA:g}"
     on_grpo, on_dapo = ["grpo", "papo-g", best], [arm for arm in ARMS if "dapo" in arm or "papo-d" in arm]
-    accuracy = {"eval_accuracy": "held-out accuracy", "eval_accuracy_medium": "medium dependency",
-                "eval_accuracy_high": "high dependency"}
+    accuracy = {
+        "eval_accuracy": "held-out accuracy",
+        "eval_accuracy_medium": "medium dependency",
+        "eval_accuracy_high": "high dependency",
+    }
     early = {"eval_accuracy": "held-out accuracy", "reward": "reward", "kl_prcp": "perception KL"}
-    later = {"clip_high_fraction": "share clipped high", "entropy": r"H[$\pi_\theta$]", "masked_entropy": r"H[$\pi_{mask}$]"}
+    later = {
+        "clip_high_fraction": "share clipped high",
+        "entropy": r"H[$\pi_\theta$]",
+        "masked_entropy": r"H[$\pi_{mask}$]",
+    }
     plot_curves(runs, out / "main.png", [(on_grpo, accuracy), (on_dapo, accuracy)])
     steep = ["papo-g", best, "gamma-1", rescue, "gamma-10"]
     plot_curves(runs, out / "signs.png", [(steep, early), (steep, later)])
     plot_errors(runs, out / "errors.png", on_grpo + on_dapo)
     ladder = ["grpo", "papo-g", *(arm for arm in ARMS if arm.startswith("gamma"))]
     plot_arms(runs, out / "gamma.png", sorted(ladder, key=lambda arm: ARMS[arm][2].get("gamma", 0.02)))
-    plot_arms(runs, out / "rescue.png", [rescue, *(arm for arm in ARMS if arm.startswith("rescue")), "entropy-only", "grpo"])
+    plot_arms(
+        runs,
+        out / "rescue.png",
+        [rescue, *(arm for arm in ARMS if arm.startswith("rescue")), "entropy-only", "grpo"],
+    )
     plot_arms(runs, out / "mask.png", [best, *(arm for arm in ARMS if arm.startswith("mask")), "grpo"])
     plot_arms(runs, out / "variants.png", [best, *(arm for arm in ARMS if arm.startswith("variant")), "grpo"])
 
@@ -251,15 +355,27 @@ def draw(runs, out):
 def main(argv=None):
     """Run what is missing, then write tables and pictures of all that is there."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 2 steps, two arms, an untrained model: does it run?")
-    parser.add_argument("--out", type=Path, help="folder for runs, tables and pictures (default: results, or results-quick)")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 seeds, 2 steps, two arms, an untrained model: does it run?"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder for runs, tables and pictures (default: results, or results-quick)"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes, one core each")
-    parser.add_argument("--only", default="", help="only arms whose name begins so (no such arm: only pictures)")
-    parser.add_argument("--run", nargs=2, metavar=("ARM", "SEED"), help="one run in this process, as the study starts them")
+    parser.add_argument(
+        "--only", default="", help="only arms whose name begins so (no such arm: only pictures)"
+    )
+    parser.add_argument(
+        "--run", nargs=2, metavar=("ARM", "SEED"), help="one run in this process, as the study starts them"
+    )
     args = parser.parse_args(argv)
     steps, eval_size, recipe, arms = 40, 96, toy.WarmStart(), ARMS
     if args.quick:
-        steps, eval_size, recipe = 2, 6, toy.WarmStart(short_stages=(), clean_steps=2, guess_steps=1, batch_size=4)
+        steps, eval_size, recipe = (
+            2,
+            6,
+            toy.WarmStart(short_stages=(), clean_steps=2, guess_steps=1, batch_size=4),
+        )
         arms = {name: (range(2), *ARMS[name][1:]) for name in ("grpo", "papo-g")}
     args.out = args.out or Path("results-quick" if args.quick else "results")
     folder = args.out / "runs"
@@ -268,8 +384,12 @@ def main(argv=None):
     if args.run:
         arm, seed = args.run[0], int(args.run[1])
         return run_arm(arm, seed, steps, eval_size, recipe, path(arm, seed))
-    jobs = [(arm, seed) for arm, (seeds, *_) in arms.items() for seed in seeds
-            if arm.startswith(args.only) and not path(arm, seed).exists()]
+    jobs = [
+        (arm, seed)
+        for arm, (seeds, *_) in arms.items()
+        for seed in seeds
+        if arm.startswith(args.only) and not path(arm, seed).exists()
+    ]
     command = [sys.executable, __file__, "--out", str(args.out), *["--quick"] * args.quick]
 
     def start(job):

@@ -29,33 +29,56 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from datasets import Dataset, Features, Image as ImageFeature, List, Value
+from datasets import Dataset, Features, List, Value
+from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (GenerationConfig, PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration,
-                          Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor)
+from transformers import (
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
 
 from papo import PROMPT_SUFFIX, encode_prompt
 
-SIDE = 28                                          # a digit is SIDE x SIDE pixels: 2 x 2 patches of 14, one visual token
-SPLITS = {"warm": 0.5, "train": 0.22, "validation": 0.1, "test": 0.18}          # shares of the 1,797 handwritten digits
+SIDE = 28  # a digit is SIDE x SIDE pixels: 2 x 2 patches of 14, one visual token
+SPLITS = {
+    "warm": 0.5,
+    "train": 0.22,
+    "validation": 0.1,
+    "test": 0.18,
+}  # shares of the 1,797 handwritten digits
 DEPENDENCIES = ("high", "medium", "low")
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
-                  "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+SPECIAL_TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
     "{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Questions
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 def _digit_pool(split: str) -> tuple[np.ndarray, np.ndarray]:
     """The split's own handwritten digits, every class in the same share: images (K, 28, 28) uint8, labels (K,)."""
@@ -63,14 +86,14 @@ def _digit_pool(split: str) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"split is one of {', '.join(SPLITS)}, not {split!r}")
     data, order = load_digits(), np.random.default_rng(0)
     ends = np.cumsum([0.0, *SPLITS.values()])
-    start, end = ends[list(SPLITS).index(split):][:2]
+    start, end = ends[list(SPLITS).index(split) :][:2]
     chosen = []
     for label in range(10):
         members = order.permutation(np.flatnonzero(data.target == label))
-        chosen.extend(members[round(start * len(members)):round(end * len(members))])
-    small = (data.images[chosen] * 255 / 16).astype(np.uint8)                    # (K, 8, 8), from 0..16
+        chosen.extend(members[round(start * len(members)) : round(end * len(members))])
+    small = (data.images[chosen] * 255 / 16).astype(np.uint8)  # (K, 8, 8), from 0..16
     large = [np.asarray(Image.fromarray(image).resize((SIDE, SIDE), Image.BICUBIC)) for image in small]
-    return np.stack(large), data.target[chosen]                                  # (K, 28, 28), (K,)
+    return np.stack(large), data.target[chosen]  # (K, 28, 28), (K,)
 
 
 def _check_digits(digits: int):
@@ -116,10 +139,24 @@ def toy_dataset(split: str, size: int, digits: int = 4, seed: int = 0) -> Datase
         picks = rng.integers(len(pool), size=digits)
         truth, dependency = labels[picks].tolist(), DEPENDENCIES[i % 3]
         image = Image.fromarray(np.concatenate(pool[picks], axis=1)).convert("RGB")
-        rows.append({"images": [image], "problem": _question(truth, _stated(dependency, digits, rng)),
-                     "answer": str(sum(truth)), "dependency": dependency, "digits": truth})
-    features = Features({"images": List(ImageFeature()), "problem": Value("string"), "answer": Value("string"),
-                         "dependency": Value("string"), "digits": List(Value("int64"))})
+        rows.append(
+            {
+                "images": [image],
+                "problem": _question(truth, _stated(dependency, digits, rng)),
+                "answer": str(sum(truth)),
+                "dependency": dependency,
+                "digits": truth,
+            }
+        )
+    features = Features(
+        {
+            "images": List(ImageFeature()),
+            "problem": Value("string"),
+            "answer": Value("string"),
+            "dependency": Value("string"),
+            "digits": List(Value("int64")),
+        }
+    )
     return Dataset.from_list(rows, features=features)
 
 
@@ -127,9 +164,17 @@ def toy_dataset(split: str, size: int, digits: int = 4, seed: int = 0) -> Datase
 # 2. Errors
 # ---------------------------------------------------------------------------------------------------------------------
 
-ERROR_TYPES = ("perception", "reasoning", "calculation", "inconsistency", "unreadable")   # the paper's four, and no trace
-TRACE = re.compile(r"\s*<think> I see (\d(?: \d)*)\.(?: (\d+ \+ \d+ = \d+(?:, \d+ \+ \d+ = \d+)*)\.)? </think>"
-                   r" \\boxed\{(\d+)\}\s*")
+ERROR_TYPES = (
+    "perception",
+    "reasoning",
+    "calculation",
+    "inconsistency",
+    "unreadable",
+)  # the paper's four, and no trace
+TRACE = re.compile(
+    r"\s*<think> I see (\d(?: \d)*)\.(?: (\d+ \+ \d+ = \d+(?:, \d+ \+ \d+ = \d+)*)\.)? </think>"
+    r" \\boxed\{(\d+)\}\s*"
+)
 
 
 def perceived(response: str, row) -> bool:
@@ -149,7 +194,9 @@ def error_type(response: str, row) -> str | None:
     if not perceived(response, row):
         return "perception"
     said = [int(digit) for digit in match[1].split()]
-    sums = [[int(number) for number in re.findall(r"\d+", part)] for part in (match[2] or "").split(",") if part]
+    sums = [
+        [int(number) for number in re.findall(r"\d+", part)] for part in (match[2] or "").split(",") if part
+    ]
     totals = [said[0], *(total for _, _, total in sums)]
     if [(a, b) for a, b, _ in sums] != list(zip(totals, said[1:])):
         return "reasoning"
@@ -162,6 +209,7 @@ def error_type(response: str, row) -> str | None:
 # 3. Processor and model
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 def toy_processor() -> Qwen2_5_VLProcessor:
     """A real Qwen2.5-VL processor. Its BPE is trained here on the toy's own sentences: a digit is one token, and so is every
     stretch of text between two digits that always reads the same, which keeps prompts and responses short."""
@@ -170,20 +218,37 @@ def toy_processor() -> Qwen2_5_VLProcessor:
     for i in range(300):
         digits = 1 + i % 9
         truth = rng.integers(10, size=digits).tolist()
-        question = _question(truth, _stated(DEPENDENCIES[int(rng.integers(3))], digits, rng)).removeprefix("<image>")
+        question = _question(truth, _stated(DEPENDENCIES[int(rng.integers(3))], digits, rng)).removeprefix(
+            "<image>"
+        )
         corpus += ["user\n", "assistant\n", question + PROMPT_SUFFIX, _trace(truth)]
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(r"[\d_]"), behavior="isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"[\d_]"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(corpus, trainers.BpeTrainer(
-        vocab_size=1024, min_frequency=5, special_tokens=SPECIAL_TOKENS, show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    bpe.train_from_iterator(
+        corpus,
+        trainers.BpeTrainer(
+            vocab_size=1024,
+            min_frequency=5,
+            special_tokens=SPECIAL_TOKENS,
+            show_progress=False,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        ),
+    )
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False,
-        additional_special_tokens=SPECIAL_TOKENS[1:2] + SPECIAL_TOKENS[3:], padding_side="left")
-    size = {"shortest_edge": SIDE * SIDE, "longest_edge": 64 * SIDE * SIDE}      # images of 1 to 64 visual tokens
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        clean_up_tokenization_spaces=False,
+        additional_special_tokens=SPECIAL_TOKENS[1:2] + SPECIAL_TOKENS[3:],
+        padding_side="left",
+    )
+    size = {"shortest_edge": SIDE * SIDE, "longest_edge": 64 * SIDE * SIDE}  # images of 1 to 64 visual tokens
     images = Qwen2VLImageProcessor(size=size, patch_size=14, merge_size=2, temporal_patch_size=2)
     videos = Qwen2VLVideoProcessor(size=size, patch_size=14, merge_size=2, temporal_patch_size=2)
     return Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=CHAT_TEMPLATE)
@@ -194,18 +259,43 @@ def _model_config(processor) -> Qwen2_5_VLConfig:
     tokenizer = processor.tokenizer
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
     text = dict(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
-        num_key_value_heads=3, max_position_embeddings=2048, initializer_range=0.1, tie_word_embeddings=True,
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        max_position_embeddings=2048,
+        initializer_range=0.1,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0, "mrope_section": [4, 6, 6]},
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     vision = dict(
-        depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=96, patch_size=14,
-        spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[0, 1],
-        initializer_range=0.1)
+        depth=2,
+        hidden_size=64,
+        intermediate_size=128,
+        num_heads=2,
+        out_hidden_size=96,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        window_size=112,
+        fullatt_block_indexes=[0, 1],
+        initializer_range=0.1,
+    )
     return Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, dtype="float32",
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+        text_config=text,
+        vision_config=vision,
+        tie_word_embeddings=True,
+        dtype="float32",
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
 
 
 def toy_model(processor, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
@@ -213,8 +303,9 @@ def toy_model(processor, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(_model_config(processor))
-    model.generation_config = GenerationConfig(eos_token_id=processor.tokenizer.eos_token_id,
-                                               pad_token_id=processor.tokenizer.pad_token_id)
+    model.generation_config = GenerationConfig(
+        eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id
+    )
     return model.eval()
 
 
@@ -222,36 +313,50 @@ def toy_model(processor, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
 # 4. Warm start
 # ---------------------------------------------------------------------------------------------------------------------
 
+
 @dataclass(frozen=True)
 class WarmStart:
     """The supervised recipe. The default takes about 100 s on one CPU core."""
-    short_stages: tuple = ((1, 100), (2, 50))   # phase 1 opens with (digits, steps): seeing starts sooner on short images
-    clean_steps: int = 500         # phase 1 at full length
-    guess_steps: int = 80          # phase 2
-    guess: float = 0.75            # phase 2: share of the unstated digits that the trace invents, growing from 0: all at once
-                                   # the shock makes the model forget how to see
+
+    short_stages: tuple = (
+        (1, 100),
+        (2, 50),
+    )  # phase 1 opens with (digits, steps): seeing starts sooner on short images
+    clean_steps: int = 500  # phase 1 at full length
+    guess_steps: int = 80  # phase 2
+    guess: float = (
+        0.75  # phase 2: share of the unstated digits that the trace invents, growing from 0: all at once
+    )
+    # the shock makes the model forget how to see
     batch_size: int = 32
-    lr: float = 1.5e-3             # phase 1: linear warm-up, cosine to a tenth
-    guess_lr: float = 3e-4         # phase 2: constant
+    lr: float = 1.5e-3  # phase 1: linear warm-up, cosine to a tenth
+    guess_lr: float = 3e-4  # phase 2: constant
     warmup: int = 30
-    shift: int = 2                 # the handwritten digits are moved by up to so many pixels
-    dependency: tuple = (0.5, 0.25, 0.25)       # shares of high, medium and low dependency
+    shift: int = 2  # the handwritten digits are moved by up to so many pixels
+    dependency: tuple = (0.5, 0.25, 0.25)  # shares of high, medium and low dependency
 
     def stages(self, digits: int) -> list[tuple[int, float, float]]:
         """Every step's digits per image, learning rate and share of invented digits."""
-        lengths = [min(n, digits) for n, steps in self.short_stages for _ in range(steps)] + [digits] * self.clean_steps
-        rates = [self.lr * min((i + 1) / self.warmup, 0.55 + 0.45 * float(np.cos(np.pi * i / len(lengths))))
-                 for i in range(len(lengths))]
+        lengths = [min(n, digits) for n, steps in self.short_stages for _ in range(steps)] + [
+            digits
+        ] * self.clean_steps
+        rates = [
+            self.lr * min((i + 1) / self.warmup, 0.55 + 0.45 * float(np.cos(np.pi * i / len(lengths))))
+            for i in range(len(lengths))
+        ]
         return [(n, rate, 0.0) for n, rate in zip(lengths, rates)] + [
-            (digits, self.guess_lr, self.guess * (i + 1) / self.guess_steps) for i in range(self.guess_steps)]
+            (digits, self.guess_lr, self.guess * (i + 1) / self.guess_steps) for i in range(self.guess_steps)
+        ]
 
 
 def _images(pool: np.ndarray, picks: np.ndarray, shift: int, rng) -> list[torch.Tensor]:
     """The picked digits (B, N) side by side, each moved at random: B images (3, 28, 28 N) uint8."""
-    padded = np.pad(pool, [(0, 0), (shift, shift), (shift, shift)])                    # (K, 28 + 2 shift, 28 + 2 shift)
-    corners = rng.integers(2 * shift + 1, size=(*picks.shape, 2))                      # (B, N, 2)
-    rows = [np.concatenate([padded[k, y:y + SIDE, x:x + SIDE] for k, (y, x) in zip(*pair)], axis=1)
-            for pair in zip(picks, corners)]
+    padded = np.pad(pool, [(0, 0), (shift, shift), (shift, shift)])  # (K, 28 + 2 shift, 28 + 2 shift)
+    corners = rng.integers(2 * shift + 1, size=(*picks.shape, 2))  # (B, N, 2)
+    rows = [
+        np.concatenate([padded[k, y : y + SIDE, x : x + SIDE] for k, (y, x) in zip(*pair)], axis=1)
+        for pair in zip(picks, corners)
+    ]
     return [torch.from_numpy(row).expand(3, -1, -1) for row in rows]
 
 
@@ -265,13 +370,16 @@ def _prompt_texts(processor, questions: list[str], digits: int) -> list[str]:
 def _make_batch(processor, pool, labels, digits: int, guess: float, recipe: WarmStart, rng):
     """Rows for supervised training: the model's inputs and the labels (B, S), -100 outside the response."""
     tokenizer, size = processor.tokenizer, recipe.batch_size
-    picks = rng.integers(len(pool), size=(size, digits))                               # (B, N)
+    picks = rng.integers(len(pool), size=(size, digits))  # (B, N)
     questions, traces = [], []
     for truth in labels[picks].tolist():
         stated = _stated(DEPENDENCIES[rng.choice(3, p=recipe.dependency)], digits, rng)
         # A stated digit is drawn anew, whatever the picture shows: so the model learns to copy what the text gives away.
         truth = [int(rng.integers(10)) if known else digit for digit, known in zip(truth, stated)]
-        said = [digit if known or rng.random() >= guess else int(rng.integers(10)) for digit, known in zip(truth, stated)]
+        said = [
+            digit if known or rng.random() >= guess else int(rng.integers(10))
+            for digit, known in zip(truth, stated)
+        ]
         questions.append(_question(truth, stated))
         traces.append(_trace(said) + tokenizer.eos_token)
     prompts = tokenizer(_prompt_texts(processor, questions, digits))["input_ids"]
@@ -279,10 +387,15 @@ def _make_batch(processor, pool, labels, digits: int, guess: float, recipe: Warm
     rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
     targets = [torch.tensor([-100] * len(prompt) + response) for prompt, response in zip(prompts, responses)]
     pad = torch.nn.utils.rnn.pad_sequence
-    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)                             # (B, S)
-    inputs = {"input_ids": ids, "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
-              "mm_token_type_ids": (ids == processor.image_token_id).int()}                             # (B, S) each
-    inputs |= processor.image_processor(_images(pool, picks, recipe.shift, rng), return_tensors="pt")   # pixels, grid
+    ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, S)
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
+        "mm_token_type_ids": (ids == processor.image_token_id).int(),
+    }  # (B, S) each
+    inputs |= processor.image_processor(
+        _images(pool, picks, recipe.shift, rng), return_tensors="pt"
+    )  # pixels, grid
     return inputs, pad(targets, batch_first=True, padding_value=-100)
 
 
@@ -295,8 +408,8 @@ def _supervise(model, processor, digits: int, seed: int, recipe: WarmStart):
     bar = tqdm(recipe.stages(digits), desc="warm start", mininterval=1.0)
     for length, lr, guess in bar:
         inputs, targets = _make_batch(processor, pool, labels, length, guess, recipe, rng)
-        hidden = model.model(**inputs).last_hidden_state[:, :-1]                       # (B, S - 1, 96)
-        learn = targets[:, 1:] != -100                                                 # (B, S - 1)
+        hidden = model.model(**inputs).last_hidden_state[:, :-1]  # (B, S - 1, 96)
+        learn = targets[:, 1:] != -100  # (B, S - 1)
         loss = F.cross_entropy(model.lm_head(hidden[learn]), targets[:, 1:][learn])
         optimizer.zero_grad()
         loss.backward()
@@ -305,14 +418,22 @@ def _supervise(model, processor, digits: int, seed: int, recipe: WarmStart):
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
-    model.model.rope_deltas = None                                                     # a cache of the last training batch
+    model.model.rope_deltas = None  # a cache of the last training batch
 
 
 def _cache_key(processor, model, digits: int, seed: int, recipe: WarmStart) -> str:
     """A hash over everything that shapes the weights."""
-    parts = [digits, seed, asdict(recipe), model.config.to_dict(), processor.tokenizer.backend_tokenizer.to_str(),
-             processor.chat_template, PROMPT_SUFFIX, Path(__file__).read_text(encoding="utf-8"),
-             [module.__version__ for module in (torch, transformers, tokenizers, sklearn, np)]]
+    parts = [
+        digits,
+        seed,
+        asdict(recipe),
+        model.config.to_dict(),
+        processor.tokenizer.backend_tokenizer.to_str(),
+        processor.chat_template,
+        PROMPT_SUFFIX,
+        Path(__file__).read_text(encoding="utf-8"),
+        [module.__version__ for module in (torch, transformers, tokenizers, sklearn, np)],
+    ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -325,7 +446,9 @@ def _load_cached(path: Path, key: str, model) -> bool:
             genuine = (file.metadata() or {}).get("key") == key
     except (OSError, safetensors.SafetensorError):
         return False
-    found, wanted = ({name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (tensors, expected))
+    found, wanted = (
+        {name: (tensor.shape, tensor.dtype) for name, tensor in each.items()} for each in (tensors, expected)
+    )
     if not genuine or found != wanted:
         return False
     model.load_state_dict(tensors)
@@ -347,6 +470,10 @@ def warm_start(digits: int = 4, seed: int = 0, cache_dir=None, recipe: WarmStart
         _supervise(model, processor, digits, seed, recipe)
         folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, draft, metadata={"key": key})
+        save_file(
+            {name: tensor.clone() for name, tensor in model.state_dict().items()},
+            draft,
+            metadata={"key": key},
+        )
         os.replace(draft, path)
     return model, processor

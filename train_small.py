@@ -4,12 +4,10 @@ Without --model and --dataset it trains the embedded world of toy.py: a tiny Qwe
 offline, in minutes. With them, any Qwen2-VL, Qwen2.5-VL or Qwen3-VL on any data set of images, questions and answers.
 The algorithm is papo.py. This file is the program around it, in the order in which it runs:
 
-    command line -> data -> model -> evaluation -> training loop -> what a run leaves behind
+    command line -> data -> model -> evaluation -> training loop -> the program; what a run leaves behind is report.py's
 """
 
-import base64
 import copy
-import html
 import io
 import json
 import math
@@ -33,8 +31,19 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 
 import toy
-from papo import (PAPOConfig, encode_prompt, fit_image, group_logps, mask_patches, option, papo_step, roll_out,
-                  sample_and_grade, score_constants, split_batch)
+from papo import (
+    PAPOConfig,
+    encode_prompt,
+    fit_image,
+    mask_patches,
+    option,
+    papo_step,
+    roll_out,
+    sample_and_grade,
+    score_constants,
+    split_batch,
+)
+from report import SAMPLES, look_closely, model_card, plot_curves, print_table, write_samples
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The command line: one flag per field of PAPOConfig and of RunConfig
@@ -42,14 +51,44 @@ from papo import (PAPOConfig, encode_prompt, fit_image, group_logps, mask_patche
 
 # What makes an algorithm, without the sizes of the published runs: these fields of the preset of that name.
 ALGORITHMS = {"grpo": "grpo", "dapo": "dapo", "papo-g": "papo-g-3b", "papo-d": "papo-d-3b"}
-ALGORITHM_FIELDS = ("gamma", "beta", "eta1", "eta2", "masked_grad", "clip_high", "aggregation", "dynamic_sampling")
+ALGORITHM_FIELDS = (
+    "gamma",
+    "beta",
+    "eta1",
+    "eta2",
+    "masked_grad",
+    "clip_high",
+    "aggregation",
+    "dynamic_sampling",
+)
 # The sizes that suit the embedded world; --preset brings the published ones back.
-TOY_SIZES = dict(group_size=8, prompts_per_batch=16, updates_per_batch=2, max_new_tokens=64, learning_rate=1e-4, steps=40,
-                 gradient_checkpointing=False)
+TOY_SIZES = dict(
+    group_size=8,
+    prompts_per_batch=16,
+    updates_per_batch=2,
+    max_new_tokens=64,
+    learning_rate=1e-4,
+    steps=40,
+    gradient_checkpointing=False,
+)
 GPU_SIZES = {  # --gpu-memory: what fits with a 3B model, prompts of 1,000 and responses of 1,024 tokens
-    24: dict(precision="bf16", lora=16, freeze_vision=True, tokens_per_forward=3072, prompts_per_sample=2, max_new_tokens=1024),
-    48: dict(precision="bf16-kahan", freeze_vision=True, tokens_per_forward=4096, prompts_per_sample=4, max_new_tokens=1024),
-    80: dict(precision="bf16-kahan", tokens_per_forward=8192, prompts_per_sample=16, max_new_tokens=2048)}
+    24: dict(
+        precision="bf16",
+        lora=16,
+        freeze_vision=True,
+        tokens_per_forward=3072,
+        prompts_per_sample=2,
+        max_new_tokens=1024,
+    ),
+    48: dict(
+        precision="bf16-kahan",
+        freeze_vision=True,
+        tokens_per_forward=4096,
+        prompts_per_sample=4,
+        max_new_tokens=1024,
+    ),
+    80: dict(precision="bf16-kahan", tokens_per_forward=8192, prompts_per_sample=16, max_new_tokens=2048),
+}
 
 
 class UserError(Exception):
@@ -61,56 +100,96 @@ class RunConfig:
     """What to train, on what, and where to write it."""
 
     algorithm: Literal["grpo", "dapo", "papo-g", "papo-d"] = option(
-        "papo-g", "loss weights, clipping, averaging and redrawing of GRPO or DAPO, or of PAPO on top of either")
-    preset: str = option(None, "every value of a published recipe: papo-g-3b, papo-g-7b, papo-g-qwen3-2b, papo-g-no-ref, "
-                         "papo-d-3b, papo-d-7b, grpo, dapo")
+        "papo-g",
+        "loss weights, clipping, averaging and redrawing of GRPO or DAPO, or of PAPO on top of either",
+    )
+    preset: str = option(
+        None,
+        "every value of a published recipe: papo-g-3b, papo-g-7b, papo-g-qwen3-2b, papo-g-no-ref, "
+        "papo-d-3b, papo-d-7b, grpo, dapo",
+    )
     seed: int = option(0, "decides the warm start, the questions, the samples and the masks")
-    steps: int = option(None, "rollout batches to train on; default 40 in the embedded world, else two epochs as published")
+    steps: int = option(
+        None, "rollout batches to train on; default 40 in the embedded world, else two epochs as published"
+    )
     out: str = option(None, "folder of the run; default runs/ALGORITHM-gammaGAMMA-seedSEED")
     digits: int = option(4, "embedded world: handwritten digits per image, 1 to 9; more is harder")
     eval_size: int = option(96, "held-out questions, each answered 8 times")
     eval_every: int = option(10, "steps between evaluations")
     save_every: int = option(10, "steps between checkpoints; the last step always writes one")
     resume: bool = option(False, "go on from the checkpoint in --out, exactly where it stopped")
-    eval_only: bool = option(False, "answer every question 8 times, with the image and with it masked; do not train")
-    model: str = option(None, "hub name or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; default: the embedded world's")
-    dataset: str = option(None, "hub name, folder, .parquet or .jsonl of questions; default: the embedded world's")
-    split: str = option("train", "split of the data set; its last --eval_size questions, at most a quarter, are held out")
+    eval_only: bool = option(
+        False, "answer every question 8 times, with the image and with it masked; do not train"
+    )
+    model: str = option(
+        None, "hub name or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; default: the embedded world's"
+    )
+    dataset: str = option(
+        None, "hub name, folder, .parquet or .jsonl of questions; default: the embedded world's"
+    )
+    split: str = option(
+        "train", "split of the data set; its last --eval_size questions, at most a quarter, are held out"
+    )
     max_samples: int = option(None, "use only the first so many rows")
     image_column: str = option("images", "column with the image, or a list of one")
     problem_column: str = option("problem", "column with the question, which may say <image>")
     answer_column: str = option("answer", "column with the answer")
-    min_pixels: int = option(200704, "smaller images of --dataset are enlarged to this area (published: 200704)")
-    max_pixels: int = option(1003520, "larger images of --dataset are reduced to this area (published: 1003520)")
-    max_prompt_tokens: int = option(4096, "rows of --dataset with a longer prompt are skipped (published: 4096)")
-    gradient_checkpointing: bool = option(True, "recompute activations in backward: less memory, about a third more time")
+    min_pixels: int = option(
+        200704, "smaller images of --dataset are enlarged to this area (published: 200704)"
+    )
+    max_pixels: int = option(
+        1003520, "larger images of --dataset are reduced to this area (published: 1003520)"
+    )
+    max_prompt_tokens: int = option(
+        4096, "rows of --dataset with a longer prompt are skipped (published: 4096)"
+    )
+    gradient_checkpointing: bool = option(
+        True, "recompute activations in backward: less memory, about a third more time"
+    )
     lora: int = option(None, "train a LoRA adapter of this rank instead of all weights; typical 16 to 64")
     merge: bool = option(False, "with --lora: write checkpoints with the adapter merged into the weights")
     precision: Literal["fp32", "bf16", "bf16-kahan"] = option(
-        "fp32", "of the weights; bf16 needs --lora, bf16-kahan compensates the rounding of small updates")
-    freeze_vision: bool = option(False, "do not train the vision tower; its features are computed once per image")
+        "fp32", "of the weights; bf16 needs --lora, bf16-kahan compensates the rounding of small updates"
+    )
+    freeze_vision: bool = option(
+        False, "do not train the vision tower; its features are computed once per image"
+    )
     gpu_memory: Literal[24, 48, 80] = option(None, "settings for a GPU of so many GiB, listed in the README")
 
     def __post_init__(self):
-        for name in ("eval_size", "eval_every", "save_every", "steps", "max_samples", "lora", "min_pixels",
-                     "max_prompt_tokens"):
+        for name in (
+            "eval_size",
+            "eval_every",
+            "save_every",
+            "steps",
+            "max_samples",
+            "lora",
+            "min_pixels",
+            "max_prompt_tokens",
+        ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.lora and not self.model and not self.merge:
-            raise ValueError("--lora needs --model, or --merge: an adapter alone cannot be loaded without a base model's name")
+            raise ValueError(
+                "--lora needs --model, or --merge: an adapter alone cannot be loaded without a base model's name"
+            )
         if not 1 <= self.digits <= 9:
             raise ValueError(f"digits must lie in [1, 9], got {self.digits}")
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels {self.max_pixels} is smaller than min_pixels {self.min_pixels}")
         if self.dataset and not self.model:
-            raise ValueError("--dataset needs --model: the embedded world's model knows only its own questions")
+            raise ValueError(
+                "--dataset needs --model: the embedded world's model knows only its own questions"
+            )
         if self.merge and not self.lora:
             raise ValueError("--merge needs --lora")
         if self.precision == "bf16" and not self.lora and not self.eval_only:
-            raise ValueError("bf16 weights with plain AdamW lose most updates (at |w| = 0.02 one bf16 step is 1e-4, an update "
-                             "1e-6): use --precision bf16-kahan, or --lora RANK")
+            raise ValueError(
+                "bf16 weights with plain AdamW lose most updates (at |w| = 0.02 one bf16 step is 1e-4, an update "
+                "1e-6): use --precision bf16-kahan, or --lora RANK"
+            )
 
 
 class Parser(HfArgumentParser):
@@ -135,11 +214,19 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
         raise UserError(error) from None
     if run.preset:
         published = PAPOConfig.preset(run.preset)
-        changed = [f"{f.name} {getattr(published, f.name)} -> {getattr(config, f.name)}" for f in fields(config)
-                   if getattr(config, f.name) != getattr(published, f.name)]
-        print(f"preset {run.preset}" + (f", deviating in: {', '.join(changed)}" if changed else ", as published"))
+        changed = [
+            f"{f.name} {getattr(published, f.name)} -> {getattr(config, f.name)}"
+            for f in fields(config)
+            if getattr(config, f.name) != getattr(published, f.name)
+        ]
+        print(
+            f"preset {run.preset}"
+            + (f", deviating in: {', '.join(changed)}" if changed else ", as published")
+        )
     elif run.algorithm in ("grpo", "dapo") and (config.gamma or config.eta1 or config.eta2):
-        raise UserError(f"{run.algorithm} has gamma = eta1 = eta2 = 0; with them it is --algorithm papo-{'gd'[run.algorithm == 'dapo']}")
+        raise UserError(
+            f"{run.algorithm} has gamma = eta1 = eta2 = 0; with them it is --algorithm papo-{'gd'[run.algorithm == 'dapo']}"
+        )
     run.out = run.out or f"runs/{run.preset or run.algorithm}-gamma{config.gamma:g}-seed{run.seed}"
     if Path(run.out).exists() and not Path(run.out).is_dir():
         raise UserError(f"--out {run.out} is a file")
@@ -194,20 +281,32 @@ def open_dataset(name, split):
         if whole and split != "train":
             raise UserError(f"--split {split}: {name} has no splits")
         if whole:
-            return datasets.load_dataset(builder, data_files=name, split="train") if builder else datasets.load_from_disk(name)
+            return (
+                datasets.load_dataset(builder, data_files=name, split="train")
+                if builder
+                else datasets.load_from_disk(name)
+            )
         if builder or (path.is_absolute() or name.startswith(".")) and not path.exists():
             raise UserError(f"--dataset {name}: no such file or folder")
         return datasets.load_dataset(name, split=split)
     except UserError:
         raise
     except Exception as error:  # the library's own errors are many; its message says which
-        raise UserError(f"--dataset {name}: cannot be read{hub_hint(path)}: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"--dataset {name}: cannot be read{hub_hint(path)}: {type(error).__name__}: {error}"
+        ) from None
 
 
 def hub_hint(path):
     """What to try where a name is no local folder, so that the hub was asked."""
-    return "" if path.exists() else (" here or from the hub (is there a network? Without --model and --dataset the embedded "
-                                     "world runs offline)")
+    return (
+        ""
+        if path.exists()
+        else (
+            " here or from the hub (is there a network? Without --model and --dataset the embedded "
+            "world runs offline)"
+        )
+    )
 
 
 def read_row(row, columns, folder):
@@ -229,7 +328,9 @@ def read_row(row, columns, folder):
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError("problem is no text")
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
-        raise ValueError("empty answer" if answer is None or isinstance(answer, str) else "answer is no text or number")
+        raise ValueError(
+            "empty answer" if answer is None or isinstance(answer, str) else "answer is no text or number"
+        )
     return {"images": [image], "problem": problem, "answer": str(answer).strip()}
 
 
@@ -238,11 +339,15 @@ def load_rows(run, processor):
     dataset = open_dataset(run.dataset, run.split)
     columns = run.image_column, run.problem_column, run.answer_column
     if missing := [name for name in columns if name not in dataset.column_names]:
-        raise UserError(f"--dataset {run.dataset} has no column {', '.join(missing)}; it has {', '.join(dataset.column_names)} "
-                        "(see --image-column, --problem-column, --answer-column)")
+        raise UserError(
+            f"--dataset {run.dataset} has no column {', '.join(missing)}; it has {', '.join(dataset.column_names)} "
+            "(see --image-column, --problem-column, --answer-column)"
+        )
     folder = Path(run.dataset) if Path(run.dataset).is_dir() else Path(run.dataset).parent
     usable, skipped = [], Counter()
-    for i in tqdm(range(min(len(dataset), run.max_samples or len(dataset))), desc="checking rows", unit="row"):
+    for i in tqdm(
+        range(min(len(dataset), run.max_samples or len(dataset))), desc="checking rows", unit="row"
+    ):
         try:
             row = read_row(dataset[i], columns, folder)
             prompt = encode_prompt(processor, row["problem"], row["images"][0])
@@ -251,12 +356,18 @@ def load_rows(run, processor):
             usable.append(i)
         except ValueError as error:
             skipped[str(error)] += 1
-        except (OSError, SyntaxError, Image.DecompressionBombError):  # what Pillow raises for a damaged or huge file
+        except (
+            OSError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ):  # what Pillow raises for a damaged or huge file
             skipped["unreadable image"] += 1
     for reason, count in skipped.most_common():
         print(f"skipped {count} rows: {reason}")
     if len(usable) < 2:
-        raise UserError(f"--dataset {run.dataset}: {len(usable)} usable rows, at least 2 are needed; skipped {dict(skipped)}")
+        raise UserError(
+            f"--dataset {run.dataset}: {len(usable)} usable rows, at least 2 are needed; skipped {dict(skipped)}"
+        )
     return Rows(dataset, columns, folder, usable)
 
 
@@ -277,13 +388,16 @@ def load_model(run):
         processor = AutoProcessor.from_pretrained(run.model)
         dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
         model, report = AutoModelForImageTextToText.from_pretrained(
-            base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+            base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
         if adapter:
             model = peft.PeftModel.from_pretrained(model, run.model).merge_and_unload()
     except UserError:
         raise
     except Exception as error:  # a missing file, a cut-off one, no network: the message says which
-        raise UserError(f"--model {run.model}: cannot be loaded{hub_hint(path)}: {type(error).__name__}: {error}") from None
+        raise UserError(
+            f"--model {run.model}: cannot be loaded{hub_hint(path)}: {type(error).__name__}: {error}"
+        ) from None
     if missing := report["missing_keys"]:
         raise UserError(f"--model {run.model} lacks {len(missing)} weights, such as {min(missing)}")
     if run.dataset:
@@ -298,12 +412,19 @@ def load(run):
     if run.dataset:
         rows = load_rows(run, processor)
         end = 0 if run.eval_only else len(rows) - max(1, min(run.eval_size, len(rows) // 4))
-        rows, held_out = rows.part(0, end), rows.part(end, None)  # held out: the last ones, or all if nothing is trained
+        rows, held_out = (
+            rows.part(0, end),
+            rows.part(end, None),
+        )  # held out: the last ones, or all if nothing is trained
     else:
         rows = toy.toy_dataset("train", 2048, digits=run.digits, seed=run.seed)
-        held_out = toy.toy_dataset("test", run.eval_size, digits=run.digits, seed=0)  # the same for every seed
+        held_out = toy.toy_dataset(
+            "test", run.eval_size, digits=run.digits, seed=0
+        )  # the same for every seed
     if not run.model:
-        torch.set_num_threads(1)  # tensors this small gain little from a second core, and lose a lot where it is busy
+        torch.set_num_threads(
+            1
+        )  # tensors this small gain little from a second core, and lose a lot where it is busy
         model, processor = toy.warm_start(digits=run.digits, seed=run.seed)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, rows, held_out
 
@@ -311,8 +432,6 @@ def load(run):
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Evaluation: avg@8
 # ---------------------------------------------------------------------------------------------------------------------
-
-SAMPLES = 8  # responses per question in every evaluation
 
 
 def evaluate(model, processor, config, rows, seed=0, masked=False):
@@ -326,8 +445,20 @@ def evaluate(model, processor, config, rows, seed=0, masked=False):
     for start in range(0, len(rows), config.prompts_per_sample):
         share = [rows[i] for i in range(start, min(start + config.prompts_per_sample, len(rows)))]
         if masked:
-            share = [{**row, "images": [mask_patches(fit_image(processor, row["images"][0]), config.mask_ratio,
-                                                     config.patch_size, masking)]} for row in share]
+            share = [
+                {
+                    **row,
+                    "images": [
+                        mask_patches(
+                            fit_image(processor, row["images"][0]),
+                            config.mask_ratio,
+                            config.patch_size,
+                            masking,
+                        )
+                    ],
+                }
+                for row in share
+            ]
         groups += sample_and_grade(model, processor, config, share, sampling)
     return groups
 
@@ -345,18 +476,6 @@ def summarise(groups):
         for kind in toy.ERROR_TYPES:
             summary[f"error_{kind}"] = errors[kind] / (len(groups) * SAMPLES)
     return summary
-
-
-def print_table(title, columns):
-    """Summaries side by side, in percent. columns: heading -> summary."""
-    names = {"accuracy": f"accuracy (avg@{SAMPLES})", "accuracy_low": "  low vision dependency",
-             "accuracy_medium": "  medium", "accuracy_high": "  high", "accuracy_masked": "  with the image masked",
-             f"pass@{SAMPLES}": f"right at least once (pass@{SAMPLES})",
-             **{f"error_{kind}": f"{kind} errors" for kind in toy.ERROR_TYPES}}
-    print(f"\n{title:36}" + "".join(f"{heading:>8}" for heading in columns))
-    for name, label in names.items():
-        if all(name in summary for summary in columns.values()):
-            print(f"{label:36}" + "".join(f"{100 * summary[name]:8.1f}" for summary in columns.values()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -377,7 +496,8 @@ def explain_out_of_memory(trainer):
             f"out of memory in phase {trainer.phase_name} with group_size {c.group_size}, max_new_tokens {c.max_new_tokens}, "
             f"prompts_per_sample {c.prompts_per_sample}, tokens_per_forward {c.tokens_per_forward}; lower "
             f"{'--prompts_per_sample, --max_new_tokens' if sampling else '--tokens_per_forward'} or --max_pixels, or use --lora 16 --precision bf16, "
-            f"--freeze_vision, --gpu_memory; the last checkpoint is whole") from error
+            f"--freeze_vision, --gpu_memory; the last checkpoint is whole"
+        ) from error
 
 
 def peak_rss():
@@ -399,16 +519,28 @@ class Trainer:
         if run.lora:  # layers are replaced inside the model, so papo.py sees the same model as ever
             with torch.random.fork_rng():
                 torch.manual_seed(run.seed)
-                self.adapter = peft.get_peft_model(model, peft.LoraConfig(
-                    r=run.lora, lora_alpha=2 * run.lora, target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj"))
+                self.adapter = peft.get_peft_model(
+                    model,
+                    peft.LoraConfig(
+                        r=run.lora,
+                        lora_alpha=2 * run.lora,
+                        target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj",
+                    ),
+                )
         frozen = copy.deepcopy(model).requires_grad_(False) if config.beta and not run.lora else None
         self.reference = self.without_adapter if run.lora else lambda: nullcontext(frozen)
         if run.gradient_checkpointing:
             model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        settings = dict(lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay)
+        settings = dict(
+            lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
+        )
         trained = [p for p in model.parameters() if p.requires_grad]
         kahan = run.precision == "bf16-kahan" and not run.lora  # an adapter's weights are fp32 in any case
-        self.optimizer = optimi.AdamW(trained, **settings, kahan_sum=True) if kahan else torch.optim.AdamW(trained, **settings)
+        self.optimizer = (
+            optimi.AdamW(trained, **settings, kahan_sum=True)
+            if kahan
+            else torch.optim.AdamW(trained, **settings)
+        )
 
     @contextmanager
     def without_adapter(self):
@@ -438,15 +570,22 @@ class Trainer:
             with self.phase("score"):
                 score_constants(self.model, self.reference, config, groups)
             with self.phase("update"):
-                updates = [papo_step(self.model, self.optimizer, config, part) for part in split_batch(config, groups)]
+                updates = [
+                    papo_step(self.model, self.optimizer, config, part)
+                    for part in split_batch(config, groups)
+                ]
         self.steps_done += 1
         scores = [score for group in groups for score in group.scores]
         lengths = [len(o) for group in groups for o in group.responses]
-        return {"step": self.steps_done,
-                **{name: mean(s[name] for s in scores) for name in ("reward", "accuracy", "format") if scores},
-                **{name: mean(u[name] for u in updates) for name in (updates[0] if updates else ())},
-                "groups": len(groups), "mixed": sum(group.mixed for group in groups), "redraws": redraws,
-                "response_tokens": mean(lengths) if lengths else 0.0}
+        return {
+            "step": self.steps_done,
+            **{name: mean(s[name] for s in scores) for name in ("reward", "accuracy", "format") if scores},
+            **{name: mean(u[name] for u in updates) for name in (updates[0] if updates else ())},
+            "groups": len(groups),
+            "mixed": sum(group.mixed for group in groups),
+            "redraws": redraws,
+            "response_tokens": mean(lengths) if lengths else 0.0,
+        }
 
     def save(self, folder, card):
         """Weights, processor, model card and trainer state, written beside and then swapped in: the last one stays whole."""
@@ -456,14 +595,26 @@ class Trainer:
         if self.run.merge:
             copy.deepcopy(self.adapter).merge_and_unload().save_pretrained(fresh)
         elif self.adapter:
-            self.adapter.save_pretrained(fresh)  # without a config.json from_pretrained looks up the base model it names
+            self.adapter.save_pretrained(
+                fresh
+            )  # without a config.json from_pretrained looks up the base model it names
         else:
             self.model.save_pretrained(fresh)
         self.processor.save_pretrained(fresh)
         (fresh / "README.md").write_text(card)
-        adapter = peft.get_peft_model_state_dict(self.adapter) if self.adapter else None  # small, and not rounded by a merge
-        torch.save({"step": self.steps_done, "rows": self.rows.count, "generator": self.generator.get_state(),
-                    "adapter": adapter, "optimizer": self.optimizer.state_dict()}, fresh / "trainer_state.pt")
+        adapter = (
+            peft.get_peft_model_state_dict(self.adapter) if self.adapter else None
+        )  # small, and not rounded by a merge
+        torch.save(
+            {
+                "step": self.steps_done,
+                "rows": self.rows.count,
+                "generator": self.generator.get_state(),
+                "adapter": adapter,
+                "optimizer": self.optimizer.state_dict(),
+            },
+            fresh / "trainer_state.pt",
+        )
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
@@ -486,192 +637,7 @@ class Trainer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. What a run leaves behind: runs/NAME/
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-{metadata}
-tags: [papo, reinforcement-learning, vision-language]
----
-
-# {method} (gamma = {gamma:g}) on {base}
-
-## Method
-
-Perception-Aware Policy Optimization (arXiv 2507.06448) trains a vision-language model by reinforcement learning with rewards
-that a rule decides. To the objective of GRPO (PAPO-G) or DAPO (PAPO-D) it adds a KL divergence between the policy looking at
-the image and the same policy looking at a randomly masked one. Raising it rewards answers that depend on the image.
-
-## Model version
-
-{version}
-
-## Usage
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from papo import encode_prompt  # adds the instruction the model was trained with
-model, processor = (kind.from_pretrained("{folder}") for kind in (AutoModelForImageTextToText, AutoProcessor))
-inputs = encode_prompt(processor, "<image>How many ...?", image)  # image: a PIL image
-print(processor.decode(model.generate(**inputs, max_new_tokens={max_new_tokens})[0]))
-```
-
-## Data
-
-Trained on {data}; {steps} steps of {prompts_per_batch} questions, {group_size} responses each.
-
-## Results
-
-Held-out questions, % of {samples} sampled responses each:
-
-| | before | after |
-|---|---|---|
-{results}
-
-## Settings
-
-| | |
-|---|---|
-{settings}
-"""
-
-
-def model_card(config, run, steps, before, after):
-    """The checkpoint's README.md, with the metadata that a model hub reads."""
-    method = (run.preset or run.algorithm)[:6].upper()  # PAPO-G, PAPO-D, GRPO or DAPO
-    published_h = method == "PAPO-G" and config.gamma == 0.02 and not config.eta1 and not config.eta2
-    metadata = {"base_model": run.model, "datasets": run.dataset and [run.dataset], "method": method,
-                **{name: getattr(config, name) for name in ("gamma", "beta", "eta1", "eta2", "mask_ratio")}, "seed": run.seed,
-                "steps": steps, "accuracy_before": before["accuracy"], "accuracy_after": after["accuracy"]}
-    return CARD.format(
-        **asdict(config), steps=steps, samples=SAMPLES, method=method, folder=Path(run.out) / "checkpoint",
-        metadata="\n".join(f"{name}: {json.dumps(value)}" for name, value in metadata.items() if value is not None),
-        base=run.model or "the embedded world's warm start",
-        data=f"`{run.dataset}`, split `{run.split}`" if run.dataset else f"sums of {run.digits} handwritten digits (toy.py)",
-        version=f"{method}{', the recipe of PAPO-H' if published_h else ''} (gamma = {config.gamma:g}, "
-                f"eta1 = {config.eta1:g}, eta2 = {config.eta2:g}, beta = {config.beta:g}, mask ratio {config.mask_ratio:g}, seed {run.seed}).",
-        results="\n".join(f"| {name} | {100 * before[name]:.1f} | {100 * after[name]:.1f} |" for name in before),
-        settings="\n".join(f"| {name} | {value} |" for name, value in asdict(config).items()))
-
-
-def plot_curves(path, history):
-    """One page: accuracy by vision dependency, reward, and the signs by which a run goes well or is being hacked."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = {  # title: {metric: (label, colour, line style)}; colours of Okabe and Ito, told apart by colour-blind readers
-        f"held-out accuracy (avg@{SAMPLES})": {
-            "eval_accuracy_low": ("low vision dependency", "#E69F00", "--"), "eval_accuracy_medium": ("medium", "#56B4E9", "-."),
-            "eval_accuracy_high": ("high", "#D55E00", ":"), "eval_accuracy": ("all", "#000000", "-"),
-            "eval_accuracy_masked": ("all, image masked", "#999999", "-")},
-        "training reward": {"reward": ("reward", "#000000", "-"), "accuracy": ("accuracy", "#009E73", "--"),
-                            "format": ("format", "#CC79A7", ":")},
-        "perception KL, nats per token": {"kl_prcp": (r"KL[$\pi\,\|\,\pi_{mask}$]", "#0072B2", "-")},
-        "entropy, nats per token": {"entropy": (r"H[$\pi_\theta$]", "#0072B2", "-"),
-                                    "masked_entropy": (r"H[$\pi_{mask}$]", "#D55E00", "--")},
-        "share of tokens clipped": {"clip_high_fraction": (r"ratio > 1 + $\epsilon_h$", "#D55E00", "-"),
-                                    "clip_low_fraction": (r"ratio < 1 - $\epsilon_l$", "#0072B2", "--")},
-        "reference KL, nats per token": {"kl_ref": (r"KL[$\pi\,\|\,\pi_{ref}$]", "#0072B2", "-")}}
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, curves) in zip(axes.flat, panels.items()):
-        for name, (label, colour, style) in curves.items():
-            points = [(line["step"], line[name]) for line in history if name in line]
-            if points:
-                axis.plot(*zip(*points), style, color=colour, label=label, marker="." if name.startswith("eval") else None)
-        axis.set_title(title)
-        axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
-        if "accuracy" in title:
-            axis.set_ylim(0, 1.6)  # room for the legend
-            axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-@torch.no_grad()
-def look_closely(trainer, rows):
-    """What samples.html shows of a few questions: for every response token log pi - log pi_mask, nats the image is worth."""
-    model, processor, generator = trainer.model, trainer.processor, torch.Generator().manual_seed(0)
-    config = replace(trainer.config, prompts_per_batch=len(rows), updates_per_batch=1, group_size=4, dynamic_sampling=False,
-                     gamma=1.0)  # gamma: so that masks are drawn; nothing is trained
-    groups, _ = roll_out(model, processor, config, iter(rows), generator)
-    shown = []
-    for group in groups:
-        logps, _ = group_logps(model, group.prompt, group.responses)  # (G, T)
-        masked_logps, _ = group_logps(model, group.masked_prompt, group.responses)  # (G, T)
-        gains = (logps - masked_logps).tolist()  # G x T
-        responses = [{"tokens": [(processor.tokenizer.decode([t]), gain) for t, gain in zip(o.tolist(), row)],
-                      "score": score, "advantage": advantage,
-                      "error": toy.error_type(text, group.row) if "digits" in group.row else None}
-                     for o, row, score, advantage, text in
-                     zip(group.responses, gains, group.scores, group.advantages.tolist(), group.texts)]
-        shown.append({"row": group.row, "image": fit_image(processor, group.row["images"][0]), "masked": group.masked_image,
-                      "responses": responses})
-    return shown
-
-
-STYLE = """
-:root { color-scheme: light dark }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 1rem }
-section { border-top: 1px solid #8888; padding: .5rem 0 }
-figure { display: inline-block; margin: 0 1rem .5rem 0; max-width: 100% }
-figcaption { font-size: .8rem }
-img { display: block; width: 22rem; max-width: 100%; image-rendering: pixelated }
-.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem }
-.pair > div { min-width: 0 }
-@media (max-width: 45rem) { .pair { grid-template-columns: 1fr } }
-h1 { font-size: 1.6rem } h3 { font-size: 1rem; margin: .5rem 0 }
-.response { overflow-wrap: anywhere; margin: 0 0 .75rem; font-family: ui-monospace, monospace; font-size: .9rem }
-.score { font: .8rem system-ui, sans-serif; display: block; opacity: .8 }
-.token { border-radius: .2rem; white-space: pre-wrap }
-"""
-
-
-def shade(token, gain):
-    """One token as HTML, blue if the image makes it likelier, orange if less likely, the number on hover."""
-    colour = "0 114 178" if gain > 0 else "230 159 0"
-    return (f'<span class="token" title="{gain:+.2f} nats" style="background: rgb({colour} / {min(abs(gain) / 4, 0.8):.2f})">'
-            f"{html.escape(token)}</span>")
-
-
-def write_samples(path, before, after):
-    """samples.html: questions with image and masked image, and the responses before and after training, token by token."""
-    def picture(image, caption):
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
-        return f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'
-
-    def response(r):
-        parts = [f"{name} {value:.2f}" for name, value in r["score"].items()] + [f"advantage {r['advantage']:+.2f}"]
-        parts += [f"{r['error']} error"] if r["error"] else []
-        return (f'<p class="response">{"".join(shade(*token) for token in r["tokens"])}'
-                f'<span class="score">{", ".join(parts)}</span></p>')
-
-    sections = []
-    for old, new in zip(before, after):
-        columns = "".join(f'<div><h3>{title}</h3>{"".join(map(response, shown["responses"]))}</div>'
-                          for title, shown in (("before training", old), ("after", new)))
-        question, answer = html.escape(old["row"]["problem"]), html.escape(old["row"]["answer"])
-        pictures = picture(old["image"], "image") + picture(old["masked"], "masked image")
-        sections.append(f"<section><p>{question} Answer: <b>{answer}</b></p>{pictures}"
-                        f'<div class="pair">{columns}</div></section>')
-    path.write_text(f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>PAPO samples</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style></head><body>
-<h1>How much does each token owe to the image?</h1>
-<p>Shading: log &pi; &minus; log &pi;<sub>mask</sub> of each sampled token, in nats. {shade("Blue", 3)}: the image makes it
-likelier. {shade("Orange", -3)}: less likely. Plain: the token does not depend on the image. Hover for the number.</p>
-{"".join(sections)}</body></html>""", encoding="utf-8")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. The program
+# 5. The program
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -692,8 +658,11 @@ def check_resume(config, run):
             raise UserError(f"--resume: there is no {out / needed}")
     free = ("steps", "eval_every", "save_every", "resume", "out", "patch_size")
     before, now = json.loads((out / "config.json").read_text()), {**asdict(config), **asdict(run)}
-    if changed := [f"{name} {before.get(name)} -> {value}" for name, value in now.items()
-                   if name not in free and before.get(name) != value]:
+    if changed := [
+        f"{name} {before.get(name)} -> {value}"
+        for name, value in now.items()
+        if name not in free and before.get(name) != value
+    ]:
         raise UserError(f"--resume: {out} was started with other settings: {', '.join(changed)}")
 
 
@@ -709,25 +678,37 @@ def train(config, run):
     trainer = Trainer(model, processor, config, run, rows)
     examples = [held_out[i] for i in range(min(3, len(held_out)))]
     with trainer.phase("evaluate"):
-        before_looks = look_closely(trainer, examples)
+        before_looks = look_closely(model, processor, config, examples)
     history = []
     if run.resume:
         trainer.load(out / "checkpoint")
-        lines = (out / "metrics.jsonl").read_text().splitlines()[:trainer.steps_done + 1]  # step 0 and one for each step
+        lines = (
+            (out / "metrics.jsonl").read_text().splitlines()[: trainer.steps_done + 1]
+        )  # step 0 and one for each step
         history = [json.loads(line) for line in lines]
 
     def evaluation():
         with trainer.phase("evaluate"):
-            seen, masked = (summarise(evaluate(model, processor, config, held_out, masked=m)) for m in (False, True))
+            seen, masked = (
+                summarise(evaluate(model, processor, config, held_out, masked=m)) for m in (False, True)
+            )
             return {**seen, "accuracy_masked": masked["accuracy"]}
 
-    evaluations = [{name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-                   for line in history if "eval_accuracy" in line] or [evaluation()]
+    evaluations = [
+        {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
+        for line in history
+        if "eval_accuracy" in line
+    ] or [evaluation()]
     (out / "config.json").write_text(json.dumps({**asdict(config), **asdict(run)}, indent=2) + "\n")
     history = history or [{"step": 0, **{f"eval_{name}": value for name, value in evaluations[0].items()}}]
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
-    bar = tqdm(range(trainer.steps_done + 1, run.steps + 1), desc=run.algorithm, unit="step", initial=trainer.steps_done,
-               total=run.steps)
+    bar = tqdm(
+        range(trainer.steps_done + 1, run.steps + 1),
+        desc=run.algorithm,
+        unit="step",
+        initial=trainer.steps_done,
+        total=run.steps,
+    )
     for step in bar:
         metrics = trainer.step()
         last = step == run.steps
@@ -737,35 +718,62 @@ def train(config, run):
         history.append(metrics)
         with open(out / "metrics.jsonl", "a") as log:
             print(json.dumps(metrics), file=log)
-        bar.set_postfix(reward=f"{metrics.get('reward', 0):.2f}", accuracy=f"{metrics.get('accuracy', 0):.2f}",
-                        kl_prcp=f"{metrics.get('kl_prcp', 0):.3f}", held_out=f"{evaluations[-1]['accuracy']:.2f}")
+        bar.set_postfix(
+            reward=f"{metrics.get('reward', 0):.2f}",
+            accuracy=f"{metrics.get('accuracy', 0):.2f}",
+            kl_prcp=f"{metrics.get('kl_prcp', 0):.3f}",
+            held_out=f"{evaluations[-1]['accuracy']:.2f}",
+        )
         if metrics["groups"] < config.prompts_per_batch:
-            tqdm.write(f"step {step}: trained on {metrics['groups']} mixed groups, all there were after "
-                       f"{metrics['redraws']} redraws")
+            tqdm.write(
+                f"step {step}: trained on {metrics['groups']} mixed groups, all there were after "
+                f"{metrics['redraws']} redraws"
+            )
         if step % run.save_every == 0 or last:
             trainer.save(out / "checkpoint", model_card(config, run, step, evaluations[0], evaluations[-1]))
-    write_samples(out / "samples.html", before_looks, look_closely(trainer, examples))
+    write_samples(out / "samples.html", before_looks, look_closely(model, processor, config, examples))
     plot_curves(out / "curves.png", history)
     print_table("held-out questions, % of responses", {"before": evaluations[0], "after": evaluations[-1]})
     total = sum(trainer.seconds.values())
-    print("\n" + "\n".join(f"{name:10} {seconds:6.0f} s  {seconds / total:4.0%}  peak memory {trainer.memory[name]:.1f} GiB"
-                            for name, seconds in trainer.seconds.items()))
-    (out / "phases.json").write_text(json.dumps({"seconds": trainer.seconds, "peak_GiB": trainer.memory}, indent=2) + "\n")
-    print(f"written to {out}/: config.json, metrics.jsonl, phases.json, curves.png, samples.html, checkpoint/")
+    print(
+        "\n"
+        + "\n".join(
+            f"{name:10} {seconds:6.0f} s  {seconds / total:4.0%}  peak memory {trainer.memory[name]:.1f} GiB"
+            for name, seconds in trainer.seconds.items()
+        )
+    )
+    (out / "phases.json").write_text(
+        json.dumps({"seconds": trainer.seconds, "peak_GiB": trainer.memory}, indent=2) + "\n"
+    )
+    print(
+        f"written to {out}/: config.json, metrics.jsonl, phases.json, curves.png, samples.html, checkpoint/"
+    )
 
 
 def evaluate_only(config, run):
     """avg@8 and pass@8 with the image and with it masked, question by question in run.out/eval.jsonl."""
     model, processor, _, rows = load(run)
     config = replace(config, patch_size=processor.image_processor.patch_size)
-    seen, masked = evaluate(model, processor, config, rows), evaluate(model, processor, config, rows, masked=True)
+    seen, masked = (
+        evaluate(model, processor, config, rows),
+        evaluate(model, processor, config, rows, masked=True),
+    )
     out = make_folder(Path(run.out))
     with open(out / "eval.jsonl", "w") as file:
         for group, blind in zip(seen, masked):
-            print(json.dumps({"problem": group.row["problem"], "answer": group.row["answer"],
-                              "accuracy": mean(s["accuracy"] for s in group.scores), "responses": group.texts,
-                              "accuracy_masked": mean(s["accuracy"] for s in blind.scores),
-                              "responses_masked": blind.texts}), file=file)
+            print(
+                json.dumps(
+                    {
+                        "problem": group.row["problem"],
+                        "answer": group.row["answer"],
+                        "accuracy": mean(s["accuracy"] for s in group.scores),
+                        "responses": group.texts,
+                        "accuracy_masked": mean(s["accuracy"] for s in blind.scores),
+                        "responses_masked": blind.texts,
+                    }
+                ),
+                file=file,
+            )
     columns = {"image": summarise(seen), "masked": summarise(masked)}
     columns["gap"] = {name: columns["image"][name] - columns["masked"][name] for name in columns["image"]}
     print_table(f"{len(rows)} questions, % of responses", columns)
@@ -781,7 +789,9 @@ def main(argv=None):
         print(f"train_small.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        print(
+            "\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr
+        )
         sys.exit(130)
 
 

@@ -15,7 +15,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path[:0] = [str(folder) for folder in (Path(__file__).parent, Path(__file__).parent.parent) if str(folder) not in sys.path]
+sys.path[:0] = [
+    str(folder)
+    for folder in (Path(__file__).parent, Path(__file__).parent.parent)
+    if str(folder) not in sys.path
+]
 
 import papo
 from papo import PAPOConfig, papo_loss
@@ -26,8 +30,13 @@ from papo import PAPOConfig, papo_loss
 
 
 def close(result, expected, message=None):
-    torch.testing.assert_close(result, torch.as_tensor(expected, dtype=result.dtype), rtol=1e-4, atol=1e-4,
-                               msg=message and (lambda text: f"{message}\n{text}"))
+    torch.testing.assert_close(
+        result,
+        torch.as_tensor(expected, dtype=result.dtype),
+        rtol=1e-4,
+        atol=1e-4,
+        msg=message and (lambda text: f"{message}\n{text}"),
+    )
 
 
 def grey(value=128, width=70, height=56):
@@ -47,21 +56,31 @@ def noise_has_its_strength(noise_image):
     """On mid-grey the noise has mean 0 and standard deviation sigma * 255"""
     for sigma in (0.0, 0.05, 0.15):
         change = np.asarray(noise_image(grey(), sigma, torch.Generator().manual_seed(1))).astype(float) - 128
-        assert abs(change.mean()) < 1 + 3 * sigma, f"sigma {sigma}: the mean of the noise is {change.mean():.1f}"
-        assert abs(change.std() - 255 * sigma) < 1, f"sigma {sigma}: standard deviation {change.std():.1f}, not {255 * sigma:.1f}"
+        assert abs(change.mean()) < 1 + 3 * sigma, (
+            f"sigma {sigma}: the mean of the noise is {change.mean():.1f}"
+        )
+        assert abs(change.std() - 255 * sigma) < 1, (
+            f"sigma {sigma}: standard deviation {change.std():.1f}, not {255 * sigma:.1f}"
+        )
 
 
 def noise_does_not_wrap(noise_image):
     """Values stay within 0 and 255: a white pixel cannot turn black by running over"""
     for value in (0, 255):
-        change = np.abs(np.asarray(noise_image(grey(value), 0.1, torch.Generator().manual_seed(2))).astype(float) - value)
-        assert change.max() < 200, f"a pixel of value {value} moved by {change.max():.0f}, with sigma * 255 = 25.5"
+        change = np.abs(
+            np.asarray(noise_image(grey(value), 0.1, torch.Generator().manual_seed(2))).astype(float) - value
+        )
+        assert change.max() < 200, (
+            f"a pixel of value {value} moved by {change.max():.0f}, with sigma * 255 = 25.5"
+        )
         assert change.max() > 10, f"pixels of value {value} got no noise"
 
 
 def noise_is_independent(noise_image):
     """Each pixel and each colour channel gets noise of its own, drawn from the generator"""
-    draw = lambda seed: np.asarray(noise_image(grey(), 0.1, torch.Generator().manual_seed(seed))).astype(float) - 128
+    draw = lambda seed: (
+        np.asarray(noise_image(grey(), 0.1, torch.Generator().manual_seed(seed))).astype(float) - 128
+    )
     noise = draw(3)
     for axis, what in enumerate(("rows", "columns", "channels")):
         assert noise.std(axis=axis).mean() > 10, f"the noise repeats along the {what}"
@@ -71,7 +90,9 @@ def noise_is_independent(noise_image):
 
 def distributions(seed=0, B=3, T=4, V=7):
     generator = torch.Generator().manual_seed(seed)
-    draw = lambda: (2 * torch.randn(B, T, V, generator=generator, dtype=torch.float64)).log_softmax(-1)  # (B, T, V)
+    draw = lambda: (2 * torch.randn(B, T, V, generator=generator, dtype=torch.float64)).log_softmax(
+        -1
+    )  # (B, T, V)
     return draw(), draw()
 
 
@@ -98,16 +119,27 @@ def kl_holds_the_mask_constant(exact_kl):
     """No gradient reaches pi_mask: it is a constant, as with masked_grad="detached\""""
     log_pi, log_mask = (x.requires_grad_() for x in distributions(2))
     exact_kl(log_pi, log_mask).sum().backward()
-    assert log_pi.grad is not None and log_mask.grad is None or not log_mask.grad.any(), "pi_mask got a gradient"
+    assert log_pi.grad is not None and log_mask.grad is None or not log_mask.grad.any(), (
+        "pi_mask got a gradient"
+    )
 
 
 def token_tensors():
     generator = torch.Generator().manual_seed(0)
     logps, masked_logps = -torch.rand(2, 4, generator=generator), -torch.rand(2, 4, generator=generator)
-    masked_logps[0, 0], masked_logps[0, 1], masked_logps[1, 2] = logps[0, 0] - 2.0, logps[0, 1] + 2.0, logps[1, 2] - 0.6
+    masked_logps[0, 0], masked_logps[0, 1], masked_logps[1, 2] = (
+        logps[0, 0] - 2.0,
+        logps[0, 1] + 2.0,
+        logps[1, 2] - 0.6,
+    )
     masked_logps[1, 0] = logps[1, 0] - 0.4
     entropy = 1 + torch.rand(2, 4, generator=generator)
-    return entropy, logps, masked_logps, torch.tensor([[1., 0, 0, 0], [0, 0, 1, 0]])  # the last: where the image is worth > 1/2
+    return (
+        entropy,
+        logps,
+        masked_logps,
+        torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0]]),
+    )  # the last: where the image is worth > 1/2
 
 
 def tokens_are_chosen(vision_entropy):
@@ -116,8 +148,11 @@ def tokens_are_chosen(vision_entropy):
     logps = logps.clone()
     logps[0, 2:], logps[1, 1], logps[1, 3] = masked_logps[0, 2:], masked_logps[1, 1], masked_logps[1, 3]
     close(vision_entropy(entropy, logps, masked_logps, 0.5), entropy * chosen)
-    close(vision_entropy(entropy, logps, masked_logps, 0.3), entropy * (chosen + torch.tensor([[0., 0, 0, 0], [1, 0, 0, 0]])),
-          "with a threshold of 0.3 one more token is to be chosen")
+    close(
+        vision_entropy(entropy, logps, masked_logps, 0.3),
+        entropy * (chosen + torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]])),
+        "with a threshold of 0.3 one more token is to be chosen",
+    )
 
 
 def only_entropy_gets_gradient(vision_entropy):
@@ -127,7 +162,9 @@ def only_entropy_gets_gradient(vision_entropy):
         chosen = (logps - masked_logps > 0.5).float()
     bonus = vision_entropy(entropy, logps, masked_logps, 0.5)
     zeros, ones = torch.zeros(2, 4), torch.ones(2, 4)
-    papo_loss(PAPOConfig(gamma=0, beta=0, eta1=1.0), zeros, zeros, torch.zeros(2), ones, entropy=bonus)[0].backward()
+    papo_loss(PAPOConfig(gamma=0, beta=0, eta1=1.0), zeros, zeros, torch.zeros(2), ones, entropy=bonus)[
+        0
+    ].backward()
     assert entropy.grad is not None, "the entropy got no gradient"
     close(entropy.grad, chosen / 8, "gradient in the entropy")
     for name, x in (("logps", logps), ("masked_logps", masked_logps)):
@@ -137,7 +174,9 @@ def only_entropy_gets_gradient(vision_entropy):
 def padding_stays_out(vision_entropy):
     """Where both log-probs are equal, as on padding, nothing is chosen, even if the entropy there is nan"""
     entropy = torch.tensor([[1.0, float("nan")]])
-    close(vision_entropy(entropy, torch.tensor([[-0.1, 0.0]]), torch.tensor([[-3.0, 0.0]]), 0.5), [[1.0, 0.0]])
+    close(
+        vision_entropy(entropy, torch.tensor([[-0.1, 0.0]]), torch.tensor([[-3.0, 0.0]]), 0.5), [[1.0, 0.0]]
+    )
 
 
 def baseline_leaves_one_out(leave_one_out):
@@ -155,14 +194,17 @@ def baseline_keeps_the_scale(leave_one_out):
 def baseline_per_group(leave_one_out):
     """Several groups at once, (n, G) -> (n, G), each on its own; a group of equal rewards gives 0"""
     rewards = torch.tensor([[1.0, 0, 0], [0.1, 0.1, 0.1], [0, 1, 1]])
-    close(leave_one_out(rewards), [[1, -.5, -.5], [0, 0, 0], [-1, .5, .5]])
+    close(leave_one_out(rewards), [[1, -0.5, -0.5], [0, 0, 0], [-1, 0.5, 0.5]])
 
 
 def weights_are_weights(kl_weights):
     """One finite weight of 0 or more per token, (B, T), not all of them 0"""
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
-        logps, masked_logps = -3 * torch.rand(2, 5, generator=generator), -3 * torch.rand(2, 5, generator=generator)
+        logps, masked_logps = (
+            -3 * torch.rand(2, 5, generator=generator),
+            -3 * torch.rand(2, 5, generator=generator),
+        )
         weights = torch.as_tensor(kl_weights(logps, masked_logps, torch.rand(2, 5, generator=generator)))
         assert weights.shape == (2, 5), f"shape {tuple(weights.shape)}, not (2, 5)"
         assert weights.isfinite().all() and (weights >= 0).all(), "a weight is negative or not finite"
@@ -171,7 +213,10 @@ def weights_are_weights(kl_weights):
 
 def weights_are_constant(kl_weights):
     """The choice of tokens is not differentiated: else the policy is paid for shifting weight instead of for looking"""
-    inputs = [(-3 * torch.rand(2, 5, generator=torch.Generator().manual_seed(seed))).requires_grad_() for seed in range(3)]
+    inputs = [
+        (-3 * torch.rand(2, 5, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+        for seed in range(3)
+    ]
     weights = torch.as_tensor(kl_weights(*inputs))
     assert not weights.requires_grad, "the weights carry gradient; use .detach()"
 
@@ -182,19 +227,57 @@ def weights_are_constant(kl_weights):
 
 two = torch.zeros(2, 3)
 EXERCISES = {  # name: (what papo.py calls it, or None; tests; a call that shows whether it is solved)
-    "advantages": ("group_advantages", ["test_loss.test_group_advantages_by_hand_and_numpy",
-                                        "test_loss.test_a_group_of_equal_rewards_is_exactly_zero"], lambda f: f([1.0, 0.0])),
-    "clip": ("clipped_policy_loss", ["test_loss.test_clipped_policy_loss_by_hand", "test_loss.test_policy_log_ratio_is_clamped_to_20"],
-             lambda f: f(two, two, torch.ones(2), 0.2, 0.3, 3.0)),
-    "mask": ("mask_patches", ["test_masking.test_cells_are_black_or_untouched", "test_masking.test_ratio_is_the_probability_of_black",
-                              "test_masking.test_the_generator_decides"], lambda f: f(grey(), 0.6, 14, torch.Generator())),
-    "k3": ("kl_k3", ["test_loss.test_k3_value_clamps_and_gradient", "test_loss.test_k3_is_unbiased_and_the_printed_one_is_not",
-                     "test_loss.test_expected_gradients_at_fixed_samples"], lambda f: f(two, two)),
-    "noise": (None, [noise_keeps_the_shape, noise_has_its_strength, noise_does_not_wrap, noise_is_independent],
-              lambda f: f(grey(), 0.1, torch.Generator())),
-    "exact KL": (None, [kl_has_its_value, kl_descends_itself, kl_holds_the_mask_constant], lambda f: f(*distributions())),
-    "vision entropy": (None, [tokens_are_chosen, only_entropy_gets_gradient, padding_stays_out], lambda f: f(*token_tensors()[:3], 0.5)),
-    "leave one out": (None, [baseline_leaves_one_out, baseline_keeps_the_scale, baseline_per_group], lambda f: f(torch.tensor([1.0, 0.0]))),
+    "advantages": (
+        "group_advantages",
+        [
+            "test_loss.test_group_advantages_by_hand_and_numpy",
+            "test_loss.test_a_group_of_equal_rewards_is_exactly_zero",
+        ],
+        lambda f: f([1.0, 0.0]),
+    ),
+    "clip": (
+        "clipped_policy_loss",
+        ["test_loss.test_clipped_policy_loss_by_hand", "test_loss.test_policy_log_ratio_is_clamped_to_20"],
+        lambda f: f(two, two, torch.ones(2), 0.2, 0.3, 3.0),
+    ),
+    "mask": (
+        "mask_patches",
+        [
+            "test_masking.test_cells_are_black_or_untouched",
+            "test_masking.test_ratio_is_the_probability_of_black",
+            "test_masking.test_the_generator_decides",
+        ],
+        lambda f: f(grey(), 0.6, 14, torch.Generator()),
+    ),
+    "k3": (
+        "kl_k3",
+        [
+            "test_loss.test_k3_value_clamps_and_gradient",
+            "test_loss.test_k3_is_unbiased_and_the_printed_one_is_not",
+            "test_loss.test_expected_gradients_at_fixed_samples",
+        ],
+        lambda f: f(two, two),
+    ),
+    "noise": (
+        None,
+        [noise_keeps_the_shape, noise_has_its_strength, noise_does_not_wrap, noise_is_independent],
+        lambda f: f(grey(), 0.1, torch.Generator()),
+    ),
+    "exact KL": (
+        None,
+        [kl_has_its_value, kl_descends_itself, kl_holds_the_mask_constant],
+        lambda f: f(*distributions()),
+    ),
+    "vision entropy": (
+        None,
+        [tokens_are_chosen, only_entropy_gets_gradient, padding_stays_out],
+        lambda f: f(*token_tensors()[:3], 0.5),
+    ),
+    "leave one out": (
+        None,
+        [baseline_leaves_one_out, baseline_keeps_the_scale, baseline_per_group],
+        lambda f: f(torch.tensor([1.0, 0.0])),
+    ),
     "KL weights": (None, [weights_are_weights, weights_are_constant], lambda f: f(two, two, two)),
 }
 
@@ -218,16 +301,27 @@ def cases(test):
     for mark in getattr(test, "pytestmark", []):
         names = [name.strip() for name in mark.args[0].split(",")]
         tables.append([dict(zip(names, values if len(names) > 1 else [values])) for values in mark.args[1]])
-    return [{name: value for part in parts for name, value in part.items()} for parts in itertools.product(*tables)]
+    return [
+        {name: value for part in parts for name, value in part.items()}
+        for parts in itertools.product(*tables)
+    ]
 
 
 def what_failed(test, case, error):
     """One sentence on what should hold, then the case and the reason."""
     promise = " ".join(inspect.getdoc(test).split()).rstrip(".:")
     reason = " ".join(str(error).split())[:200]
-    if isinstance(error, AssertionError) and len(reason) < 15:  # a bare assert: its own line says what does not hold
-        line = next(f.line for f in reversed(traceback.extract_tb(error.__traceback__)) if f.filename == inspect.getfile(test))
-        reason = f"this does not hold: {line.removeprefix('assert ').split('  #')[0]}{reason and ' at ' + reason}"
+    if (
+        isinstance(error, AssertionError) and len(reason) < 15
+    ):  # a bare assert: its own line says what does not hold
+        line = next(
+            f.line
+            for f in reversed(traceback.extract_tb(error.__traceback__))
+            if f.filename == inspect.getfile(test)
+        )
+        reason = (
+            f"this does not hold: {line.removeprefix('assert ').split('  #')[0]}{reason and ' at ' + reason}"
+        )
     elif not isinstance(error, AssertionError):
         reason = f"{type(error).__name__}: {reason}"
     where = ", ".join(f"{name} = {value}" for name, value in case.items())

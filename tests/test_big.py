@@ -10,19 +10,45 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import papo
 import train_small as ts
 
-TEXT = dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-            num_key_value_heads=2, max_position_embeddings=128000, rms_norm_eps=1e-6, tie_word_embeddings=True,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]})
-VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048, patch_size=14,
-              spatial_merge_size=2, temporal_patch_size=2, window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+TEXT = dict(
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=11008,
+    num_hidden_layers=36,
+    num_attention_heads=16,
+    num_key_value_heads=2,
+    max_position_embeddings=128000,
+    rms_norm_eps=1e-6,
+    tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+)
+VISION = dict(
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=3420,
+    num_heads=16,
+    out_hidden_size=2048,
+    patch_size=14,
+    spatial_merge_size=2,
+    temporal_patch_size=2,
+    window_size=112,
+    fullatt_block_indexes=[7, 15, 23, 31],
+    tokens_per_second=2,
+)
 
 
 def published_3b(processor, dtype=torch.bfloat16):
     """Qwen2.5-VL-3B's published sizes, weights drawn at random."""
     ids = dict(zip(SPECIAL_TOKENS, processor.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
-    config = Qwen2_5_VLConfig(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True,
-                              image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-                              vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+    config = Qwen2_5_VLConfig(
+        text_config=TEXT,
+        vision_config=VISION,
+        tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+    )
     torch.manual_seed(0)
     return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
 
@@ -35,14 +61,26 @@ def test_one_step_of_a_3b_with_lora_fits_in_20_gib():
     model = published_3b(processor)
     assert 3.7e9 < sum(p.numel() for p in model.parameters()) < 3.8e9
     print(f"\nmodel made in {time.perf_counter() - start:.0f} s")
-    config = papo.PAPOConfig(group_size=4, prompts_per_batch=1, updates_per_batch=1, max_new_tokens=16, learning_rate=1e-3)
-    trainer = ts.Trainer(model, processor, config, ts.RunConfig(model="3b", lora=16, precision="bf16"),
-                         [{"images": [picture(0, 140, 112)], "problem": "What is shown here?", "answer": "7"}])
+    config = papo.PAPOConfig(
+        group_size=4, prompts_per_batch=1, updates_per_batch=1, max_new_tokens=16, learning_rate=1e-3
+    )
+    trainer = ts.Trainer(
+        model,
+        processor,
+        config,
+        ts.RunConfig(model="3b", lora=16, precision="bf16"),
+        [{"images": [picture(0, 140, 112)], "problem": "What is shown here?", "answer": "7"}],
+    )
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     metrics = trainer.step()
     for phase, seconds in trainer.seconds.items():
         print(f"{phase}: {seconds:.0f} s, peak {trainer.memory[phase]:.1f} GiB")
     print(metrics)
-    assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0 and metrics["kl_prcp"] > 0 and metrics["response_tokens"] == 16
+    assert (
+        metrics["skipped"] == 0
+        and metrics["grad_norm"] > 0
+        and metrics["kl_prcp"] > 0
+        and metrics["response_tokens"] == 16
+    )
     assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
     assert max(trainer.memory.values()) < 20

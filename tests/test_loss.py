@@ -25,15 +25,26 @@ def close(a, b, tolerance=1e-10):
 
 # --- clipped_policy_loss -----------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("ratio, advantage, loss, slope", [  # eps_l .2, eps_h .3, c 3; slope: d loss / d log pi
-    (1.0, 2.0, -2.0, -2.0), (1.2, 2.0, -2.4, -2.4),  # inside: -r A
-    (1.4, 2.0, -2.6, 0.0), (9.0, 2.0, -2.6, 0.0),  # A > 0, above 1 + eps_h: earns no more
-    (0.5, 2.0, -1.0, -1.0),  # A > 0, below 1 - eps_l: not clipped, min() takes the worse
-    (0.9, -2.0, 1.8, 1.8),  # inside
-    (0.7, -2.0, 1.6, 0.0), (0.1, -2.0, 1.6, 0.0),  # A < 0, below 1 - eps_l: no more to gain
-    (1.4, -2.0, 2.8, 2.8), (2.9, -2.0, 5.8, 5.8),  # A < 0, above 1 + eps_h: not clipped
-    (3.1, -2.0, 6.0, 0.0), (50.0, -2.0, 6.0, 0.0),  # A < 0, above c: dual clip
-    (3.1, 2.0, -2.6, 0.0), (5.0, 0.0, 0.0, 0.0)])
+
+@pytest.mark.parametrize(
+    "ratio, advantage, loss, slope",
+    [  # eps_l .2, eps_h .3, c 3; slope: d loss / d log pi
+        (1.0, 2.0, -2.0, -2.0),
+        (1.2, 2.0, -2.4, -2.4),  # inside: -r A
+        (1.4, 2.0, -2.6, 0.0),
+        (9.0, 2.0, -2.6, 0.0),  # A > 0, above 1 + eps_h: earns no more
+        (0.5, 2.0, -1.0, -1.0),  # A > 0, below 1 - eps_l: not clipped, min() takes the worse
+        (0.9, -2.0, 1.8, 1.8),  # inside
+        (0.7, -2.0, 1.6, 0.0),
+        (0.1, -2.0, 1.6, 0.0),  # A < 0, below 1 - eps_l: no more to gain
+        (1.4, -2.0, 2.8, 2.8),
+        (2.9, -2.0, 5.8, 5.8),  # A < 0, above 1 + eps_h: not clipped
+        (3.1, -2.0, 6.0, 0.0),
+        (50.0, -2.0, 6.0, 0.0),  # A < 0, above c: dual clip
+        (3.1, 2.0, -2.6, 0.0),
+        (5.0, 0.0, 0.0, 0.0),
+    ],
+)
 def test_clipped_policy_loss_by_hand(ratio, advantage, loss, slope):
     """Eq. 2, first term: both signs of A, inside and outside both clips and the dual clip, value and gradient."""
     old = f64([-1.5])
@@ -53,6 +64,7 @@ def test_policy_log_ratio_is_clamped_to_20():
 
 
 # --- kl_k3 -------------------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("log_x", [-25.0, -20.0, -9.0, -1.0, -1e-3, 0.0, 0.5, 2.0, 2.5, 2.7, 25.0])
 def test_k3_value_clamps_and_gradient(log_x):
@@ -74,7 +86,9 @@ def test_k3_value_clamps_and_gradient(log_x):
 def test_k3_of_close_policies_survives_fp32():
     """Near x = 1, where training starts, k3 is about (log x)^2 / 2; exp(log x) - 1 would drown it in rounding."""
     log_x = torch.tensor([[1e-4, -1e-3, 1e-2]])
-    torch.testing.assert_close(kl_k3(torch.full((1, 3), 0.0), log_x), (log_x.double().expm1() - log_x).float(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        kl_k3(torch.full((1, 3), 0.0), log_x), (log_x.double().expm1() - log_x).float(), rtol=2e-3, atol=0
+    )
 
 
 # --- what the estimators estimate: all five outcomes of a categorical, each weighted with its probability -----------------
@@ -114,7 +128,10 @@ def test_k3_is_unbiased_and_the_printed_one_is_not():
 def test_expected_gradients_at_fixed_samples():
     """k1: zero. k2: that of KL[pi || pi_mask]. k3: that of the other direction, KL[pi_mask || pi]."""
     close(expected_gradient(lambda log_pi: log_pi - LOG_MASK), torch.zeros(5, dtype=torch.float64))
-    close(expected_gradient(lambda log_pi: (log_pi - LOG_MASK) ** 2 / 2), gradient(lambda log_pi: kl(log_pi, LOG_MASK)))
+    close(
+        expected_gradient(lambda log_pi: (log_pi - LOG_MASK) ** 2 / 2),
+        gradient(lambda log_pi: kl(log_pi, LOG_MASK)),
+    )
     moves = expected_gradient(lambda log_pi: k3(log_pi, LOG_MASK))
     close(moves, gradient(lambda log_pi: kl(LOG_MASK, log_pi)))
     assert (moves - gradient(lambda log_pi: kl(log_pi, LOG_MASK))).abs().max() > 0.1
@@ -125,8 +142,10 @@ def test_kl_is_cross_entropy_minus_entropy():
     has that cross-entropy as its mean, not H[pi_mask]."""
     entropy = lambda log_p: -(log_p.exp() * log_p).sum()
     config, one = PAPOConfig(gamma=0, beta=0, eta2=1.0), f64([1.0])
-    cross = sum(p * papo_loss(config, l.view(1, 1), l.view(1, 1), f64(0.0), one, m.view(1, 1))[0]
-                for p, l, m in zip(LOG_PI.exp(), LOG_PI, LOG_MASK))
+    cross = sum(
+        p * papo_loss(config, l.view(1, 1), l.view(1, 1), f64(0.0), one, m.view(1, 1))[0]
+        for p, l, m in zip(LOG_PI.exp(), LOG_PI, LOG_MASK)
+    )
     close(kl(LOG_PI, LOG_MASK), cross - entropy(LOG_PI))
     assert abs(cross - entropy(LOG_MASK)) > 0.5
 
@@ -138,8 +157,13 @@ def test_sampled_entropy_has_no_expected_gradient_and_the_exact_one_has():
     def term(exact):
         def losses(log_pi):
             H = -(log_pi.exp() * log_pi).sum().view(1, 1) if exact else None
-            return torch.stack([papo_loss(config, l.view(1, 1), l.detach().view(1, 1), f64(0.0), f64([1.0]), entropy=H)[0]
-                                for l in log_pi])
+            return torch.stack(
+                [
+                    papo_loss(config, l.view(1, 1), l.detach().view(1, 1), f64(0.0), f64([1.0]), entropy=H)[0]
+                    for l in log_pi
+                ]
+            )
+
         return expected_gradient(losses)
 
     close(term(exact=False), torch.zeros(5, dtype=torch.float64))
@@ -149,6 +173,7 @@ def test_sampled_entropy_has_no_expected_gradient_and_the_exact_one_has():
 
 # --- aggregate ---------------------------------------------------------------------------------------------------------
 
+
 def ragged(lengths, T):
     return torch.stack([(torch.arange(T) < n).double() for n in lengths])  # (B, T)
 
@@ -157,7 +182,10 @@ def ragged(lengths, T):
 def test_aggregate_against_loops_and_padding_is_inert(mode):
     """Eq. 2 (mean of per-response means) and Eq. 3 (one mean over tokens); nan or inf on padding changes nothing."""
     lengths = [4, 1, 6, 2]
-    values, mask = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64), ragged(lengths, 6)
+    values, mask = (
+        torch.randn(4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64),
+        ragged(lengths, 6),
+    )
     rows = [[values[i, t].item() for t in range(n)] for i, n in enumerate(lengths)]
     if mode == "sequence":
         expected = sum(sum(row) / len(row) for row in rows) / len(rows)
@@ -180,10 +208,15 @@ def test_aggregate_refuses_other_modes():
 
 # --- group_advantages --------------------------------------------------------------------------------------------------
 
+
 def test_group_advantages_by_hand_and_numpy():
     """A = (R - mean) / (std + eps), the standard deviation unbiased, each group on its own, any batch dimensions."""
-    torch.testing.assert_close(group_advantages([1, 0, 0, 0]), torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(group_advantages([1.0, 0.0], eps=1.0), torch.tensor([0.5, -0.5]) / (1 + math.sqrt(0.5)))
+    torch.testing.assert_close(
+        group_advantages([1, 0, 0, 0]), torch.tensor([1.5, -0.5, -0.5, -0.5]), atol=1e-5, rtol=0
+    )
+    torch.testing.assert_close(
+        group_advantages([1.0, 0.0], eps=1.0), torch.tensor([0.5, -0.5]) / (1 + math.sqrt(0.5))
+    )
     rewards = np.random.default_rng(0).random((2, 3, 7))
     expected = (rewards - rewards.mean(-1, keepdims=True)) / (rewards.std(-1, ddof=1, keepdims=True) + 1e-6)
     result = group_advantages(torch.tensor(rewards))
@@ -217,18 +250,36 @@ def random_inputs(seed=0, exact=True):
     g = torch.Generator().manual_seed(seed)
     draw = lambda scale=1.0: scale * torch.randn(B, T, generator=g, dtype=torch.float64)
     logps = draw() - 2
-    inputs = dict(logps=logps, old_logps=logps + draw(0.5), advantages=torch.randn(B, generator=g, dtype=torch.float64),
-                  response_mask=MASK, masked_logps=logps + draw(1.5), ref_logps=logps + draw(0.5))
+    inputs = dict(
+        logps=logps,
+        old_logps=logps + draw(0.5),
+        advantages=torch.randn(B, generator=g, dtype=torch.float64),
+        response_mask=MASK,
+        masked_logps=logps + draw(1.5),
+        ref_logps=logps + draw(0.5),
+    )
     return inputs | (dict(entropy=draw().exp(), masked_entropy=draw().exp()) if exact else {})
 
 
-def loop_loss(config, logps, old_logps, advantages, response_mask, masked_logps, ref_logps, entropy=None, masked_entropy=None,
-              masked_logps_in_entropy=None):
+def loop_loss(
+    config,
+    logps,
+    old_logps,
+    advantages,
+    response_mask,
+    masked_logps,
+    ref_logps,
+    entropy=None,
+    masked_entropy=None,
+    masked_logps_in_entropy=None,
+):
     """Eq. 2 or 3 one token at a time, in Python floats. masked_logps_in_entropy: the log pi_mask of the sampled entropy."""
     per_response, counts = {}, []
+
     def k3_of(other, own):
         log_x = min(20.0, max(-20.0, other - own))
         return min(10.0, math.exp(log_x) - log_x - 1)
+
     for i in range(len(advantages)):
         A, n = float(advantages[i]), int(response_mask[i].sum())
         counts.append(n)
@@ -240,17 +291,29 @@ def loop_loss(config, logps, old_logps, advantages, response_mask, masked_logps,
                 surrogate = max(surrogate, config.clip_dual * A)
             in_entropy = masked if masked_logps_in_entropy is None else float(masked_logps_in_entropy[i, t])
             for name, value in dict(
-                    policy_loss=-surrogate, kl_ref=k3_of(float(ref_logps[i, t]), own), kl_prcp=k3_of(masked, own),
-                    entropy=-own if entropy is None else float(entropy[i, t]),
-                    masked_entropy=-in_entropy if masked_entropy is None else float(masked_entropy[i, t]),
-                    clip_high_fraction=float(r > 1 + config.clip_high), clip_low_fraction=float(r < 1 - config.clip_low)).items():
+                policy_loss=-surrogate,
+                kl_ref=k3_of(float(ref_logps[i, t]), own),
+                kl_prcp=k3_of(masked, own),
+                entropy=-own if entropy is None else float(entropy[i, t]),
+                masked_entropy=-in_entropy if masked_entropy is None else float(masked_entropy[i, t]),
+                clip_high_fraction=float(r > 1 + config.clip_high),
+                clip_low_fraction=float(r < 1 - config.clip_low),
+            ).items():
                 per_response.setdefault(name, [0.0] * len(advantages))[i] += value
     if config.aggregation == "sequence":
-        out = {name: sum(s / n for s, n in zip(sums, counts)) / len(counts) for name, sums in per_response.items()}
+        out = {
+            name: sum(s / n for s, n in zip(sums, counts)) / len(counts)
+            for name, sums in per_response.items()
+        }
     else:
         out = {name: sum(sums) / sum(counts) for name, sums in per_response.items()}
-    out["loss"] = (out["policy_loss"] + config.beta * out["kl_ref"] - config.gamma * out["kl_prcp"]
-                   + config.eta1 * out["entropy"] + config.eta2 * out["masked_entropy"])
+    out["loss"] = (
+        out["policy_loss"]
+        + config.beta * out["kl_ref"]
+        - config.gamma * out["kl_prcp"]
+        + config.eta1 * out["entropy"]
+        + config.eta2 * out["masked_entropy"]
+    )
     return out
 
 
@@ -264,7 +327,9 @@ def test_papo_loss_against_scalar_loops(masked_grad, aggregation, exact):
         expected = loop_loss(config, **inputs)
         assert metrics.keys() == expected.keys()
         for name, value in expected.items():
-            assert metrics[name] == pytest.approx(value, rel=1e-9, abs=1e-7 if "fraction" in name else 0), name
+            assert metrics[name] == pytest.approx(value, rel=1e-9, abs=1e-7 if "fraction" in name else 0), (
+                name
+            )
         assert loss.item() == metrics["loss"] and loss.shape == ()
         assert 0 < metrics["clip_high_fraction"] < 1 or seed  # the inputs do meet the clips
 
@@ -294,8 +359,11 @@ def test_gradients_against_finite_differences(masked_grad, aggregation, exact, o
         return out
 
     base = {**inputs, "masked_logps_in_entropy": inputs["masked_logps"]}
-    through = {"detached": (), "entropy": ("masked_logps_in_entropy",),
-               "full": ("masked_logps_in_entropy", "masked_logps")}[masked_grad]
+    through = {
+        "detached": (),
+        "entropy": ("masked_logps_in_entropy",),
+        "full": ("masked_logps_in_entropy", "masked_logps"),
+    }[masked_grad]
     close(grads["logps"], difference("logps"), 1e-7)
     close(grads["masked_logps"], difference(*through), 1e-7)
     if exact:
@@ -309,8 +377,10 @@ def test_gradients_against_finite_differences(masked_grad, aggregation, exact, o
         assert grads["masked_entropy" if exact else "masked_logps"].any() == (masked_grad != "detached")
 
 
-@pytest.mark.parametrize("name, metric, sign", [("gamma", "kl_prcp", -1), ("beta", "kl_ref", 1), ("eta1", "entropy", 1),
-                                                ("eta2", "masked_entropy", 1)])
+@pytest.mark.parametrize(
+    "name, metric, sign",
+    [("gamma", "kl_prcp", -1), ("beta", "kl_ref", 1), ("eta1", "entropy", 1), ("eta2", "masked_entropy", 1)],
+)
 def test_each_weight_scales_its_own_term(name, metric, sign):
     """d loss / d weight is the term's metric: minus for gamma (this KL grows), plus for the others (these shrink)."""
     low, high = (PAPOConfig(**{**WEIGHTS, name: WEIGHTS[name] + d}) for d in (-0.1, 0.1))
@@ -333,7 +403,9 @@ def test_gamma_zero_is_grpo_to_the_bit(aggregation):
         assert metrics["kl_prcp"] != 0 or masked is None
     logps = inputs["logps"].clone().requires_grad_()
     policy = clipped_policy_loss(logps, inputs["old_logps"], inputs["advantages"], 0.2, 0.3, 3.0)
-    grpo = aggregate(policy, MASK, aggregation) + 0.04 * aggregate(kl_k3(logps, inputs["ref_logps"]), MASK, aggregation)
+    grpo = aggregate(policy, MASK, aggregation) + 0.04 * aggregate(
+        kl_k3(logps, inputs["ref_logps"]), MASK, aggregation
+    )
     grpo.backward()
     for loss, grad in results:
         assert torch.equal(loss, grpo.detach()) and torch.equal(grad, logps.grad)
@@ -344,12 +416,18 @@ def test_gamma_zero_is_grpo_to_the_bit(aggregation):
 def test_padding_is_inert_in_every_term(masked_grad, aggregation, exact, padding):
     """What stands after the end of a response changes no value, no metric and no gradient, and gets none."""
     config = PAPOConfig(**WEIGHTS, masked_grad=masked_grad, aggregation=aggregation)
+
     def run(fill):
-        inputs = {name: x if name in ("advantages", "response_mask") else x.masked_fill(MASK == 0, fill).requires_grad_()
-                  for name, x in random_inputs(1, exact).items()}
+        inputs = {
+            name: x
+            if name in ("advantages", "response_mask")
+            else x.masked_fill(MASK == 0, fill).requires_grad_()
+            for name, x in random_inputs(1, exact).items()
+        }
         loss, metrics = papo_loss(config, **inputs)
         loss.backward()
         return metrics, {name: x.grad for name, x in inputs.items() if x.grad is not None}
+
     (metrics, grads), (metrics0, grads0) = run(padding), run(0.0)
     assert metrics == metrics0 and grads.keys() == grads0.keys()
     for name in grads:
@@ -365,12 +443,17 @@ def test_missing_inputs_are_refused_only_when_needed():
             papo_loss(PAPOConfig(**weights), **without("masked_logps"))
     with pytest.raises(ValueError, match="ref_logps"):
         papo_loss(PAPOConfig(gamma=0, beta=0.1), **without("ref_logps"))
-    _, metrics = papo_loss(PAPOConfig(gamma=0, beta=0), **without("ref_logps", "masked_logps", "masked_entropy"))
+    _, metrics = papo_loss(
+        PAPOConfig(gamma=0, beta=0), **without("ref_logps", "masked_logps", "masked_entropy")
+    )
     assert metrics["kl_ref"] == metrics["kl_prcp"] == metrics["masked_entropy"] == 0.0
     assert all(type(value) is float for value in metrics.values())
 
 
-@pytest.mark.parametrize("name", ["old_logps", "response_mask", "masked_logps", "ref_logps", "entropy", "masked_entropy", "advantages"])
+@pytest.mark.parametrize(
+    "name",
+    ["old_logps", "response_mask", "masked_logps", "ref_logps", "entropy", "masked_entropy", "advantages"],
+)
 def test_shape_errors_name_tensor_and_dimension(name):
     """No silent broadcasting: (B, 1) against (B, T) would be a wrong loss without an error."""
     inputs, config = random_inputs(), PAPOConfig()
@@ -387,8 +470,11 @@ def test_shape_errors_name_tensor_and_dimension(name):
 
 def test_the_terms_check_their_own_shapes():
     a, b = torch.zeros(2, 3), torch.zeros(2, 1)
-    for call in (lambda: clipped_policy_loss(a, b, torch.zeros(2), 0.2, 0.3, 3.0), lambda: kl_k3(a, b),
-                 lambda: aggregate(a, b, "token")):
+    for call in (
+        lambda: clipped_policy_loss(a, b, torch.zeros(2), 0.2, 0.3, 3.0),
+        lambda: kl_k3(a, b),
+        lambda: aggregate(a, b, "token"),
+    ):
         with pytest.raises(ValueError, match="has T = 1, but .* has T = 3"):
             call()
     with pytest.raises(ValueError, match="advantages has B = 3, but logps has B = 2"):
@@ -397,22 +483,71 @@ def test_the_terms_check_their_own_shapes():
 
 # --- the recipe --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("field, value", [
-    ("gamma", -0.1), ("gamma", nan), ("gamma", inf), ("beta", -1), ("beta", nan), ("eta1", -1), ("eta2", -1), ("eta2", nan),
-    ("clip_low", 1.5), ("clip_low", -0.1), ("clip_high", -0.1), ("clip_dual", 0.5), ("mask_ratio", 1.5), ("mask_ratio", -0.1),
-    ("mask_ratio", nan), ("patch_size", 0), ("group_size", 1), ("temperature", 0), ("temperature", nan), ("top_p", 0),
-    ("top_p", 1.1), ("format_weight", 1.1), ("format_weight", -0.1), ("max_redraws", -1), ("max_new_tokens", 0),
-    ("prompts_per_batch", 0), ("prompts_per_batch", 2), ("prompts_per_sample", 0), ("updates_per_batch", 0),
-    ("tokens_per_forward", 0), ("learning_rate", -1), ("learning_rate", nan), ("weight_decay", -1), ("max_grad_norm", 0),
-    ("aggregation", "mean"), ("masked_grad", "none"), ("entropy_estimate", "mean")])
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("gamma", -0.1),
+        ("gamma", nan),
+        ("gamma", inf),
+        ("beta", -1),
+        ("beta", nan),
+        ("eta1", -1),
+        ("eta2", -1),
+        ("eta2", nan),
+        ("clip_low", 1.5),
+        ("clip_low", -0.1),
+        ("clip_high", -0.1),
+        ("clip_dual", 0.5),
+        ("mask_ratio", 1.5),
+        ("mask_ratio", -0.1),
+        ("mask_ratio", nan),
+        ("patch_size", 0),
+        ("group_size", 1),
+        ("temperature", 0),
+        ("temperature", nan),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("format_weight", 1.1),
+        ("format_weight", -0.1),
+        ("max_redraws", -1),
+        ("max_new_tokens", 0),
+        ("prompts_per_batch", 0),
+        ("prompts_per_batch", 2),
+        ("prompts_per_sample", 0),
+        ("updates_per_batch", 0),
+        ("tokens_per_forward", 0),
+        ("learning_rate", -1),
+        ("learning_rate", nan),
+        ("weight_decay", -1),
+        ("max_grad_norm", 0),
+        ("aggregation", "mean"),
+        ("masked_grad", "none"),
+        ("entropy_estimate", "mean"),
+    ],
+)
 def test_config_refuses_nonsense_by_name(field, value):
     with pytest.raises(ValueError, match=f"^{field} must"):
         PAPOConfig(**{field: value})
 
 
 def test_limits_themselves_are_allowed():
-    PAPOConfig(gamma=0, beta=0, clip_low=0, clip_high=0, clip_dual=inf, mask_ratio=1, group_size=2, top_p=1, max_redraws=0,
-               prompts_per_batch=3, updates_per_batch=3, max_grad_norm=inf, format_weight=0, learning_rate=0)
+    PAPOConfig(
+        gamma=0,
+        beta=0,
+        clip_low=0,
+        clip_high=0,
+        clip_dual=inf,
+        mask_ratio=1,
+        group_size=2,
+        top_p=1,
+        max_redraws=0,
+        prompts_per_batch=3,
+        updates_per_batch=3,
+        max_grad_norm=inf,
+        format_weight=0,
+        learning_rate=0,
+    )
 
 
 def test_masked_grad_follows_eta2_unless_given():
@@ -438,11 +573,32 @@ TABLE_6 = {  # gamma, eta1, eta2, beta, eps_l, eps_h, aggregation, dynamic sampl
 @pytest.mark.parametrize("name", TABLE_6)
 def test_presets_are_table_6(name):
     c = PAPOConfig.preset(name)
-    assert (c.gamma, c.eta1, c.eta2, c.beta, c.clip_low, c.clip_high, c.aggregation, c.dynamic_sampling,
-            c.patch_size) == TABLE_6[name]
-    shared = dict(mask_ratio=0.6, group_size=5, temperature=1.0, top_p=0.99, prompts_per_batch=384, updates_per_batch=3,
-                  learning_rate=1e-6, weight_decay=0.01, max_grad_norm=1.0, clip_dual=3.0, max_new_tokens=2048,
-                  format_weight=0.1, max_redraws=20)
+    assert (
+        c.gamma,
+        c.eta1,
+        c.eta2,
+        c.beta,
+        c.clip_low,
+        c.clip_high,
+        c.aggregation,
+        c.dynamic_sampling,
+        c.patch_size,
+    ) == TABLE_6[name]
+    shared = dict(
+        mask_ratio=0.6,
+        group_size=5,
+        temperature=1.0,
+        top_p=0.99,
+        prompts_per_batch=384,
+        updates_per_batch=3,
+        learning_rate=1e-6,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        clip_dual=3.0,
+        max_new_tokens=2048,
+        format_weight=0.1,
+        max_redraws=20,
+    )
     assert {field: getattr(c, field) for field in shared} == shared
     assert c.masked_grad == ("entropy" if c.eta2 else "detached")
 
@@ -458,18 +614,25 @@ def test_preset_changes_and_unknown_names():
 
 # --- the header --------------------------------------------------------------------------------------------------------
 
+
 def test_glossary_names_exist():
     """Each code name of the header's glossary is a config field, a parameter or a field of papo.py; each name in the way of
     the data is a function; each masked_grad of the gradient table is accepted."""
     header = papo.__doc__
-    parameters = {name for f in vars(papo).values() if callable(f) and hasattr(f, "__code__") and f.__module__ == "papo"
-                  for name in f.__code__.co_varnames}
+    parameters = {
+        name
+        for f in vars(papo).values()
+        if callable(f) and hasattr(f, "__code__") and f.__module__ == "papo"
+        for name in f.__code__.co_varnames
+    }
     known = parameters | set(PAPOConfig.__dataclass_fields__) | set(papo.Group.__dataclass_fields__)
     lines = header.split("GLOSSARY")[1].split("\n\n")[0].splitlines()[1:]
     column = lines[0].index("symbol")
     names = [name for line in lines[1:] for name in re.findall(r"\w+", line[:column])]
     names += re.findall(r"(\w+): (?:H\[pi_mask\]|c\b)", header)
-    assert {"logps", "masked_logps", "masked_entropy", "clip_dual", "gamma", "eta2"} <= set(names) and len(names) >= 16
+    assert {"logps", "masked_logps", "masked_entropy", "clip_dual", "gamma", "eta2"} <= set(names) and len(
+        names
+    ) >= 16
     assert not set(names) - known
     way = header.split("THE WAY OF THE DATA")[1].split("\n\n")[0]
     functions = re.findall(r"[a-z]+_[a-z_]+", way)

@@ -20,7 +20,7 @@ def cells(before, after, size):
     for y in range(0, before.shape[0], size):
         grid.append([])
         for x in range(0, before.shape[1], size):
-            old, new = before[y:y + size, x:x + size], after[y:y + size, x:x + size]
+            old, new = before[y : y + size, x : x + size], after[y : y + size, x : x + size]
             black = not new.any()
             assert black or (old == new).all(), (x, y)
             grid[-1].append(black)
@@ -28,7 +28,9 @@ def cells(before, after, size):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-@pytest.mark.parametrize("width, height, size", [(70, 42, 14), (75, 50, 14), (64, 32, 16), (5, 9, 14), (31, 1, 7)])
+@pytest.mark.parametrize(
+    "width, height, size", [(70, 42, 14), (75, 50, 14), (64, 32, 16), (5, 9, 14), (31, 1, 7)]
+)
 def test_cells_are_black_or_untouched(mode, width, height, size):
     """App. G.1, for all kinds of images; a cell cut by the edge is a cell. Same size, mode RGB, a new image."""
     image = picture(0, width, height, mode)
@@ -40,7 +42,9 @@ def test_cells_are_black_or_untouched(mode, width, height, size):
         drawn.append(cells(image, masked, size))
         assert np.asarray(drawn[-1]).shape == (-(-height // size), -(-width // size))
     assert image.mode == copy.mode and image.tobytes() == copy.tobytes()
-    assert (np.mean(drawn, axis=0) > 0).all() and (np.mean(drawn, axis=0) < 1).all()  # each cell now black, now not
+    assert (np.mean(drawn, axis=0) > 0).all() and (
+        np.mean(drawn, axis=0) < 1
+    ).all()  # each cell now black, now not
 
 
 def test_ratio_is_the_probability_of_black():
@@ -50,7 +54,7 @@ def test_ratio_is_the_probability_of_black():
         g = generator(1)
         share = np.array([np.mean(cells(image, mask_patches(image, ratio, 14, g), 14)) for _ in range(300)])
         deviation = (ratio * (1 - ratio) / 50) ** 0.5  # of the share of 50 cells
-        assert abs(share.mean() - ratio) <= 4 * deviation / 300 ** 0.5
+        assert abs(share.mean() - ratio) <= 4 * deviation / 300**0.5
         assert 0.8 * deviation <= share.std() <= 1.2 * deviation
     default = np.mean([np.mean(cells(image, mask_patches(image, generator=g), 14)) for _ in range(100)])
     assert abs(default - 0.6) < 0.03
@@ -66,8 +70,10 @@ def test_the_generator_decides():
     assert mask_patches(image, 0.5, 14).tobytes() != mask_patches(image, 0.5, 14).tobytes()
 
 
-@pytest.mark.parametrize("ratio, size, name", [
-    (1.5, 14, "ratio"), (-0.1, 14, "ratio"), (float("nan"), 14, "ratio"), (0.5, 0, "patch_size")])
+@pytest.mark.parametrize(
+    "ratio, size, name",
+    [(1.5, 14, "ratio"), (-0.1, 14, "ratio"), (float("nan"), 14, "ratio"), (0.5, 0, "patch_size")],
+)
 def test_nonsense_is_refused(ratio, size, name):
     with pytest.raises(ValueError, match=name):
         mask_patches(picture(0), ratio, size)
@@ -96,16 +102,23 @@ def test_each_patch_of_the_vision_tower_is_black_or_untouched(vlm):
     image = picture(4, 7 * patch + 5, 5 * patch - 3)
     fitted = fit_image(processor, image)
     masked = mask_patches(fitted, 0.6, patch, generator())
-    mean, std = (torch.tensor(x)[:, None] for x in (processor.image_processor.image_mean, processor.image_processor.image_std))
+    mean, std = (
+        torch.tensor(x)[:, None]
+        for x in (processor.image_processor.image_mean, processor.image_processor.image_std)
+    )
     black = (-mean / std).expand(3, 2 * patch * patch).reshape(-1)
 
     def kinds(image):
         original, values = (encode_prompt(processor, "?", i)["pixel_values"] for i in (fitted, image))
-        assert values.shape == original.shape == (fitted.width * fitted.height // patch ** 2, 3 * 2 * patch * patch)
+        assert (
+            values.shape
+            == original.shape
+            == (fitted.width * fitted.height // patch**2, 3 * 2 * patch * patch)
+        )
         is_black, is_same = ((values - x).abs().amax(1) < 1e-3 for x in (black, original))
         return int(is_black.sum()), int(is_same.sum())
 
-    count, patches = int(np.sum(cells(fitted, masked, patch))), fitted.width * fitted.height // patch ** 2
+    count, patches = int(np.sum(cells(fitted, masked, patch))), fitted.width * fitted.height // patch**2
     assert kinds(masked) == (count, patches - count) and 0 < count < patches
     assert sum(kinds(mask_patches(image, 0.6, patch, generator()))) < patches
 
@@ -114,13 +127,25 @@ def test_a_mask_changes_only_pixels(vlm):
     """pi_mask is asked the same question: identical ids, grid, positions."""
     _, processor = vlm
     image = fit_image(processor, picture(0))
-    a, b = (encode_prompt(processor, QUESTIONS[1], i) for i in (image, mask_patches(image, 0.6, processor.image_processor.patch_size)))
-    assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["image_grid_thw"], b["image_grid_thw"])
+    a, b = (
+        encode_prompt(processor, QUESTIONS[1], i)
+        for i in (image, mask_patches(image, 0.6, processor.image_processor.patch_size))
+    )
+    assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(
+        a["image_grid_thw"], b["image_grid_thw"]
+    )
     assert not torch.equal(a["pixel_values"], b["pixel_values"])
 
 
-@pytest.mark.parametrize("question, before, after", [
-    ("Look <image> now.", "Look ", " now."), ("<image>What?", "", "What?"), ("What?", "", "What?"), ("What?<image>", "What?", "")])
+@pytest.mark.parametrize(
+    "question, before, after",
+    [
+        ("Look <image> now.", "Look ", " now."),
+        ("<image>What?", "", "What?"),
+        ("What?", "", "What?"),
+        ("What?<image>", "What?", ""),
+    ],
+)
 def test_placement_of_the_image(vlm, question, before, after):
     """<image> says where the image stands; without it the image comes first. The prompt ends where the answer begins."""
     _, processor = vlm
@@ -129,7 +154,8 @@ def test_placement_of_the_image(vlm, question, before, after):
     assert prompt["input_ids"].shape[0] == 1 and n >= 6
     assert processor.tokenizer.decode(prompt["input_ids"][0]) == (
         f"<|im_start|>user\n{before}<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>{after}{papo.PROMPT_SUFFIX}<|im_end|>\n"
-        "<|im_start|>assistant\n")
+        "<|im_start|>assistant\n"
+    )
 
 
 def test_questions_that_cannot_be_encoded(one_vlm):
@@ -147,5 +173,6 @@ def test_questions_that_cannot_be_encoded(one_vlm):
 def test_models_without_images_are_refused():
     class Model:
         config = type("Config", (), {})()
+
     with pytest.raises(ValueError, match="Model has no image token"):
         papo.vision_token_ids(Model())

@@ -8,7 +8,10 @@ from conftest import SPECIAL_TOKENS, shift_logits, two_prompts
 import papo
 from papo import group_logps, sample_groups, sample_token
 
-VISION = [SPECIAL_TOKENS.index(name) for name in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")]
+VISION = [
+    SPECIAL_TOKENS.index(name)
+    for name in ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+]
 EOS = SPECIAL_TOKENS.index("<|im_end|>")
 
 
@@ -25,9 +28,13 @@ def left_padded(processor, prompts):
         rows.append([processor.tokenizer.pad_token_id] * (width - len(ids)) + ids)
         seen.append([0] * (width - len(ids)) + [1] * len(ids))
     ids = torch.tensor(rows)
-    return dict(input_ids=ids, attention_mask=torch.tensor(seen), pixel_values=torch.cat([p["pixel_values"] for p in prompts]),
-                image_grid_thw=torch.cat([p["image_grid_thw"] for p in prompts]),
-                mm_token_type_ids=(ids == processor.image_token_id).int())
+    return dict(
+        input_ids=ids,
+        attention_mask=torch.tensor(seen),
+        pixel_values=torch.cat([p["pixel_values"] for p in prompts]),
+        image_grid_thw=torch.cat([p["image_grid_thw"] for p in prompts]),
+        mm_token_type_ids=(ids == processor.image_token_id).int(),
+    )
 
 
 @pytest.mark.parametrize("end_bias", [0.0, 4.0])  # 4: some rows end early
@@ -37,7 +44,9 @@ def test_greedy_equals_generate(vlm, end_bias):
     prompts = two_prompts(processor)
     hook = shift_logits(model, {EOS: end_bias})
     batch = left_padded(processor, prompts)
-    expected = model.generate(**batch, do_sample=False, max_new_tokens=24, suppress_tokens=VISION)[:, batch["input_ids"].shape[1]:]
+    expected = model.generate(**batch, do_sample=False, max_new_tokens=24, suppress_tokens=VISION)[
+        :, batch["input_ids"].shape[1] :
+    ]
     groups = sample_groups(model, processor, prompts, 2, 24, temperature=0)
     alone = [sample_groups(model, processor, [prompt], 2, 24, temperature=0)[0] for prompt in prompts]
     hook.remove()
@@ -45,7 +54,7 @@ def test_greedy_equals_generate(vlm, end_bias):
     for group, row in zip(groups, expected):
         for response in group:
             assert response.dtype == torch.long and response.dim() == 1
-            assert response.tolist() == row[:len(response)].tolist()
+            assert response.tolist() == row[: len(response)].tolist()
             assert len(response) == 24 or response[-1] == EOS
     assert same(groups, alone)  # nothing depends on the batch
     if end_bias:
@@ -59,15 +68,21 @@ def test_sampled_logits_are_the_scored_policy(vlm, temperature, monkeypatch):
     """The distribution each token is drawn from gives it the log-prob that group_logps finds, to 1e-4."""
     model, processor = vlm
     prompts, seen = two_prompts(processor), []
+
     def spy(logits, *args):
         seen.append((logits.clone(), sample_token(logits, *args)))
         return seen[-1][1]
+
     monkeypatch.setattr(papo, "sample_token", spy)
     # Vision tokens, never drawn but part of the scored softmax, are made impossible for both; the end is made likely.
     hook = shift_logits(model, {**dict.fromkeys(VISION, -1e4), EOS: 6.0})
-    groups = sample_groups(model, processor, prompts, 3, 10, temperature, generator=torch.Generator().manual_seed(0))
+    groups = sample_groups(
+        model, processor, prompts, 3, 10, temperature, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
-        rows = [row for p, group in zip(prompts, groups) for row in group_logps(model, p, group, temperature)[0]]
+        rows = [
+            row for p, group in zip(prompts, groups) for row in group_logps(model, p, group, temperature)[0]
+        ]
     hook.remove()
     responses = [o for group in groups for o in group]
     assert len({len(o) for o in responses}) > 1
@@ -75,18 +90,30 @@ def test_sampled_logits_are_the_scored_policy(vlm, temperature, monkeypatch):
         for t, token in enumerate(response):
             logits, drawn = seen[t]
             assert drawn[i] == token
-            assert (logits[i] / temperature).log_softmax(-1)[token].item() == pytest.approx(score[t].item(), abs=1e-4)
+            assert (logits[i] / temperature).log_softmax(-1)[token].item() == pytest.approx(
+                score[t].item(), abs=1e-4
+            )
 
 
 def test_generation_config_changes_nothing(vlm):
     """Qwen2.5-VL ships temperature 1e-6 and a repetition penalty: inherited, they make a group's responses alike."""
     model, processor = vlm
     prompts = two_prompts(processor)
-    draw = lambda **options: sample_groups(model, processor, prompts, 3, 8, generator=torch.Generator().manual_seed(1), **options)
+    draw = lambda **options: sample_groups(
+        model, processor, prompts, 3, 8, generator=torch.Generator().manual_seed(1), **options
+    )
     expected = draw(), draw(temperature=0)
     model.generation_config = transformers.GenerationConfig(
-        do_sample=True, temperature=1e-6, repetition_penalty=5.0, top_k=1, top_p=0.01, max_new_tokens=1, eos_token_id=300,
-        no_repeat_ngram_size=1, suppress_tokens=list(range(100, 300)))
+        do_sample=True,
+        temperature=1e-6,
+        repetition_penalty=5.0,
+        top_k=1,
+        top_p=0.01,
+        max_new_tokens=1,
+        eos_token_id=300,
+        no_repeat_ngram_size=1,
+        suppress_tokens=list(range(100, 300)),
+    )
     assert same(draw(), expected[0]) and same(draw(temperature=0), expected[1])
     assert len({tuple(o.tolist()) for o in expected[0][0]}) == 3
 
@@ -96,7 +123,15 @@ def test_vision_tokens_are_never_sampled(vlm, temperature):
     """Even if the model wants nothing else: in a response they would be taken for image positions."""
     model, processor = vlm
     hook = shift_logits(model, dict.fromkeys(VISION, 100.0))
-    groups = sample_groups(model, processor, two_prompts(processor), 4, 8, temperature, generator=torch.Generator().manual_seed(0))
+    groups = sample_groups(
+        model,
+        processor,
+        two_prompts(processor),
+        4,
+        8,
+        temperature,
+        generator=torch.Generator().manual_seed(0),
+    )
     hook.remove()
     assert not torch.isin(torch.cat([o for group in groups for o in group]), torch.tensor(VISION)).any()
     group_logps(model, two_prompts(processor)[0], groups[0])  # and so all can be scored
@@ -105,7 +140,9 @@ def test_vision_tokens_are_never_sampled(vlm, temperature):
 def test_same_seed_same_responses(one_vlm):
     """The generator alone decides; torch's global one is neither read nor moved."""
     model, processor = one_vlm
-    draw = lambda seed: sample_groups(model, processor, two_prompts(processor), 3, 8, generator=torch.Generator().manual_seed(seed))
+    draw = lambda seed: sample_groups(
+        model, processor, two_prompts(processor), 3, 8, generator=torch.Generator().manual_seed(seed)
+    )
     torch.manual_seed(0)
     state, first = torch.get_rng_state(), draw(0)
     assert torch.equal(torch.get_rng_state(), state)
@@ -118,7 +155,9 @@ def test_responses_end_with_their_first_end_token(one_vlm, pad_is_eos):
     """Cut after the first EOS, EOS included; without one, max_new_tokens long. Padding with EOS changes nothing."""
     model, processor = one_vlm
     hook = shift_logits(model, {EOS: 5.0})
-    draw = lambda n: sample_groups(model, processor, two_prompts(processor), 16, n, generator=torch.Generator().manual_seed(3))
+    draw = lambda n: sample_groups(
+        model, processor, two_prompts(processor), 16, n, generator=torch.Generator().manual_seed(3)
+    )
     expected = draw(12)
     if pad_is_eos:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -138,9 +177,11 @@ def test_sampling_stops_when_all_have_ended(one_vlm, monkeypatch):
     """Row i of four ends at step i + 1 and then draws other tokens: four steps, not one and not fifty."""
     model, processor = one_vlm
     calls = []
+
     def fake(logits, *_):
         calls.append(1)
         return torch.where(torch.arange(4) == len(calls) - 1, EOS, 9)
+
     monkeypatch.setattr(papo, "sample_token", fake)
     groups = sample_groups(model, processor, two_prompts(processor), 2, 50)
     assert [[len(o) for o in group] for group in groups] == [[1, 2], [3, 4]] and len(calls) == 4
@@ -152,7 +193,9 @@ def test_sampling_with_image_features(vlm):
     prompts = two_prompts(processor)
     encoded = [papo.encode_image(model, prompt) for prompt in prompts]
     for temperature in (0, 1.0):
-        draw = lambda prompts: sample_groups(model, processor, prompts, 2, 8, temperature, generator=torch.Generator().manual_seed(0))
+        draw = lambda prompts: sample_groups(
+            model, processor, prompts, 2, 8, temperature, generator=torch.Generator().manual_seed(0)
+        )
         a, b = draw(prompts), draw(encoded)
         assert same(a, b)
 
@@ -160,7 +203,9 @@ def test_sampling_with_image_features(vlm):
 def test_training_mode_and_checkpointing(vlm):
     """Under train() a gradient-checkpointed layer drops its KV cache: sampling happens in eval() and then restores the mode."""
     model, processor = vlm
-    draw = lambda: sample_groups(model, processor, two_prompts(processor), 2, 8, generator=torch.Generator().manual_seed(0))
+    draw = lambda: sample_groups(
+        model, processor, two_prompts(processor), 2, 8, generator=torch.Generator().manual_seed(0)
+    )
     expected = draw()
     assert not model.training
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -175,6 +220,7 @@ def test_no_prompts(one_vlm):
 
 # --- one token ---------------------------------------------------------------------------------------------------------
 
+
 def truncated(logits, temperature, top_p):
     """The likeliest tokens until their mass reaches top_p, rescaled; with loops."""
     probs = [float(x) for x in (logits / temperature).double().softmax(0)]
@@ -186,7 +232,10 @@ def truncated(logits, temperature, top_p):
     return torch.tensor([p / mass for p in kept])
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.9), (1.0, 0.6), (2.0, 0.75), (1.0, 0.01)])
+@pytest.mark.parametrize(
+    "temperature, top_p",
+    [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.9), (1.0, 0.6), (2.0, 0.75), (1.0, 0.01)],
+)
 def test_sample_token_frequencies(temperature, top_p):
     """30,000 draws: each frequency within 4.5 standard deviations of softmax(logits / T), truncated to top-p."""
     logits, n = torch.tensor([0.3, 2.0, -1.0, 1.1, -torch.inf, 0.9]), 30_000
@@ -194,7 +243,10 @@ def test_sample_token_frequencies(temperature, top_p):
     expected = truncated(logits, temperature, top_p)
     found = torch.bincount(tokens, minlength=6) / n
     assert tokens.shape == (n,) and not found[expected == 0].any()
-    assert ((found - expected).abs() <= 4.5 * (expected * (1 - expected) / n).sqrt() + 1e-6).all(), (found, expected)
+    assert ((found - expected).abs() <= 4.5 * (expected * (1 - expected) / n).sqrt() + 1e-6).all(), (
+        found,
+        expected,
+    )
 
 
 def test_sample_token_rows_are_independent():

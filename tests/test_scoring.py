@@ -44,7 +44,10 @@ def test_group_row_equals_one_stock_forward_per_response(vlm, lengths, temperatu
     hook.remove()
     assert len(calls) == (2 if checkpointing else 1)  # one pass for the whole group
 
-    assert logps.shape == mask.shape == entropy.shape == (len(lengths), max(lengths)) and logps.dtype == torch.float32
+    assert (
+        logps.shape == mask.shape == entropy.shape == (len(lengths), max(lengths))
+        and logps.dtype == torch.float32
+    )
     for i, n in enumerate(lengths):
         close(logps[i, :n], scores[i][0])
         close(entropy[i, :n], scores[i][1])
@@ -71,7 +74,9 @@ def test_responses_do_not_see_each_other(vlm):
     prompt, responses = two_prompts(processor)[0], random_responses(processor, [4, 6, 2])
     with torch.no_grad():
         logps = group_logps(model, prompt, responses)[0]
-        changed = group_logps(model, prompt, [responses[0], random_responses(processor, [6], seed=9)[0], responses[2]])[0]
+        changed = group_logps(
+            model, prompt, [responses[0], random_responses(processor, [6], seed=9)[0], responses[2]]
+        )[0]
         close(changed[[0, 2]], logps[[0, 2]])
         assert (changed[1] - logps[1]).abs().max() > 0.1
         order = [2, 0, 1]
@@ -87,7 +92,9 @@ def test_the_end_token_is_trained_and_padding_is_not(one_vlm):
     processor.tokenizer.pad_token = "<|endoftext|>"
     assert mask.tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     head = model.get_output_embeddings().weight
-    ends = torch.autograd.grad(papo.aggregate(logps, mask, "token"), head)[0][processor.tokenizer.eos_token_id]
+    ends = torch.autograd.grad(papo.aggregate(logps, mask, "token"), head)[0][
+        processor.tokenizer.eos_token_id
+    ]
     assert ends.abs().max() > 1e-3
 
 
@@ -97,7 +104,9 @@ def test_vision_tokens_and_empty_responses_are_refused(one_vlm):
     prompt = two_prompts(processor)[0]
     for name in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"):
         with pytest.raises(ValueError, match="vision token"):
-            group_logps(model, prompt, [torch.tensor([9, processor.tokenizer.convert_tokens_to_ids(name), 10])])
+            group_logps(
+                model, prompt, [torch.tensor([9, processor.tokenizer.convert_tokens_to_ids(name), 10])]
+            )
     for responses in ([], [torch.tensor([9]), torch.tensor([], dtype=torch.long)]):
         with pytest.raises(ValueError, match="at least one"):
             group_logps(model, prompt, responses)
@@ -135,7 +144,11 @@ def test_features_of_a_frozen_vision_tower(vlm):
     assert len(calls) == 1 and result.keys() == expected_gradients.keys() and len(result) > 10
     close(logps, expected)
     for name in result:
-        close(result[name], expected_gradients[name], 1e-4 * max(1.0, expected_gradients[name].abs().max().item()))
+        close(
+            result[name],
+            expected_gradients[name],
+            1e-4 * max(1.0, expected_gradients[name].abs().max().item()),
+        )
 
 
 def test_attention_kinds(vlm, monkeypatch):
@@ -169,8 +182,10 @@ def test_chunked_head_equals_the_naive_one(chunk, temperature, monkeypatch):
     weights = torch.arange(46.0).view(2, 23) / 46
     for a, b in zip(result, naive):
         close(a, b)
-    for a, b in zip(torch.autograd.grad((torch.stack(result) * weights).sum(), (hidden, head.weight)),
-                    torch.autograd.grad((torch.stack(naive) * weights).sum(), (hidden, head.weight))):
+    for a, b in zip(
+        torch.autograd.grad((torch.stack(result) * weights).sum(), (hidden, head.weight)),
+        torch.autograd.grad((torch.stack(naive) * weights).sum(), (hidden, head.weight)),
+    ):
         close(a, b)
 
 
@@ -201,17 +216,30 @@ def test_a_group_row_costs_a_third_of_one_padded_row_per_response():
     image against G rows of P + T = 375 and G images. Vision tower, layers and head have the proportions of Qwen2.5-VL-3B."""
     processor = make_processor("qwen2_5_vl")
     processor.image_processor.size = {"shortest_edge": 784, "longest_edge": 256 * 784}
-    model = make_model("qwen2_5_vl", processor, dict(hidden_size=128, intermediate_size=512), hidden_size=256, intermediate_size=1024,
-                       vocab_size=800)
+    model = make_model(
+        "qwen2_5_vl",
+        processor,
+        dict(hidden_size=128, intermediate_size=512),
+        hidden_size=256,
+        intermediate_size=1024,
+        vocab_size=800,
+    )
     prompt = papo.encode_prompt(processor, "<image>" + "Q" * 100, picture(0, 15 * 28, 16 * 28))
     ids = prompt["input_ids"]
-    prompt["input_ids"] = torch.cat([ids[:, :260], ids[:, -15:]], dim=1)  # (1, P), the middle of the text cut out
+    prompt["input_ids"] = torch.cat(
+        [ids[:, :260], ids[:, -15:]], dim=1
+    )  # (1, P), the middle of the text cut out
     responses = random_responses(processor, [100] * 8)
     rows = torch.cat([prompt["input_ids"].expand(8, -1), torch.stack(responses)], dim=1)  # (G, P + T)
     is_image = rows == model.config.image_token_id  # (G, P + T)
     assert rows.shape == (8, 375) and is_image[0].sum() == 240
-    batch = dict(input_ids=rows, attention_mask=torch.ones_like(rows), pixel_values=prompt["pixel_values"].repeat(8, 1),
-                 image_grid_thw=prompt["image_grid_thw"].repeat(8, 1), mm_token_type_ids=is_image.int())
+    batch = dict(
+        input_ids=rows,
+        attention_mask=torch.ones_like(rows),
+        pixel_values=prompt["pixel_values"].repeat(8, 1),
+        image_grid_thw=prompt["image_grid_thw"].repeat(8, 1),
+        mm_token_type_ids=is_image.int(),
+    )
 
     def seconds(function):
         start = time.process_time()

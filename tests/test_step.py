@@ -40,8 +40,13 @@ def make_groups(model, processor, constants=True):
         group = Group({}, prompt, responses, [], [], torch.randn(len(lengths)), masked_prompt=masked)
         if constants:
             with torch.no_grad():
-                own = pad_sequence([stock_score(model, prompt, o, 0.8)[0] for o in responses], batch_first=True)
-            group.old_logps, group.ref_logps = own + 0.2 * torch.randn(own.shape), own + 0.5 * torch.randn(own.shape)
+                own = pad_sequence(
+                    [stock_score(model, prompt, o, 0.8)[0] for o in responses], batch_first=True
+                )
+            group.old_logps, group.ref_logps = (
+                own + 0.2 * torch.randn(own.shape),
+                own + 0.5 * torch.randn(own.shape),
+            )
         groups.append(group)
     return groups
 
@@ -50,26 +55,46 @@ def whole_batch(model, config, groups):
     """papo_loss once over all responses as one padded batch, scored by stock forwards. -> loss, metrics"""
     pad = lambda rows: pad_sequence(list(rows), batch_first=True)
     pairs = [(group, o) for group in groups for o in group.responses]
-    score = lambda name: zip(*(stock_score(model, getattr(group, name), o, config.temperature) for group, o in pairs))
+    score = lambda name: zip(
+        *(stock_score(model, getattr(group, name), o, config.temperature) for group, o in pairs)
+    )
     logps, entropy = map(pad, score("prompt"))
     masked_logps, masked_entropy = map(pad, score("masked_prompt"))
     mask = pad(torch.ones(len(o)) for _, o in pairs)
-    constant = lambda name: pad(row[:len(o)] for group in groups for row, o in zip(getattr(group, name), group.responses))
+    constant = lambda name: pad(
+        row[: len(o)] for group in groups for row, o in zip(getattr(group, name), group.responses)
+    )
     old, ref = constant("old_logps"), constant("ref_logps")
     exact = config.entropy_estimate == "exact"
-    return papo_loss(config, logps, old, torch.cat([group.advantages for group in groups]), mask, masked_logps, ref,
-                     entropy if exact else None, masked_entropy if exact else None)
+    return papo_loss(
+        config,
+        logps,
+        old,
+        torch.cat([group.advantages for group in groups]),
+        mask,
+        masked_logps,
+        ref,
+        entropy if exact else None,
+        masked_entropy if exact else None,
+    )
 
 
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
-@pytest.mark.parametrize("masked_grad, entropy_estimate", [
-    ("detached", "exact"), ("entropy", "exact"), ("entropy", "sampled"), ("full", "exact")])
+@pytest.mark.parametrize(
+    "masked_grad, entropy_estimate",
+    [("detached", "exact"), ("entropy", "exact"), ("entropy", "sampled"), ("full", "exact")],
+)
 def test_gradient_is_that_of_one_big_batch(one_vlm, masked_grad, entropy_estimate, aggregation):
     """Eq. 2 / Eq. 3 over the whole batch, however it is split: by groups, or down to single responses. Metrics likewise."""
     model, processor = one_vlm
     groups = make_groups(model, processor)
-    config = PAPOConfig(**WEIGHTS, masked_grad=masked_grad, entropy_estimate=entropy_estimate, aggregation=aggregation,
-                        max_grad_norm=float("inf"))
+    config = PAPOConfig(
+        **WEIGHTS,
+        masked_grad=masked_grad,
+        entropy_estimate=entropy_estimate,
+        aggregation=aggregation,
+        max_grad_norm=float("inf"),
+    )
     loss, expected = whole_batch(model, config, groups)
     loss.backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -80,7 +105,9 @@ def test_gradient_is_that_of_one_big_batch(one_vlm, masked_grad, entropy_estimat
         metrics = papo_step(model, optimizer, config, groups)
         assert optimizer.grads.keys() == grads.keys()
         for name in grads:
-            torch.testing.assert_close(optimizer.grads[name], grads[name], rtol=1e-4, atol=1e-5 * norm, msg=name)
+            torch.testing.assert_close(
+                optimizer.grads[name], grads[name], rtol=1e-4, atol=1e-5 * norm, msg=name
+            )
         assert metrics == pytest.approx({**expected, "grad_norm": norm, "skipped": 0.0}, rel=1e-4, abs=1e-6)
         assert model.training and all(p.grad is None for p in model.parameters())
 
@@ -101,13 +128,15 @@ def test_several_architectures_and_checkpointing(vlm):
 
 @pytest.mark.parametrize("masked_grad", ["detached", "entropy", "full"])
 def test_the_masked_pass_keeps_a_graph_only_if_needed(one_vlm, monkeypatch, masked_grad):
-    """"detached" scores the masked image under no_grad: it pays neither the memory nor the time of a backward pass."""
+    """ "detached" scores the masked image under no_grad: it pays neither the memory nor the time of a backward pass."""
     model, processor = one_vlm
     groups, seen = make_groups(model, processor), []
+
     def spy(model, prompt, *args, **options):
         result = papo_group_logps(model, prompt, *args, **options)
         seen.append((prompt is groups[0].masked_prompt, result[0].requires_grad, result[2].requires_grad))
         return result
+
     papo_group_logps = papo.group_logps
     monkeypatch.setattr(papo, "group_logps", spy)
     papo_step(model, Recorder(model), PAPOConfig(**WEIGHTS, masked_grad=masked_grad), groups[:1])
@@ -131,15 +160,24 @@ def test_the_optimizer_gets_the_clipped_gradient(one_vlm):
     model, processor = one_vlm
     groups, free, clipped = make_groups(model, processor), Recorder(model), Recorder(model)
     metrics = papo_step(model, free, PAPOConfig(**WEIGHTS, max_grad_norm=float("inf")), groups)
-    assert papo_step(model, clipped, PAPOConfig(**WEIGHTS, max_grad_norm=0.01), groups)["grad_norm"] == metrics["grad_norm"] > 0.1
+    assert (
+        papo_step(model, clipped, PAPOConfig(**WEIGHTS, max_grad_norm=0.01), groups)["grad_norm"]
+        == metrics["grad_norm"]
+        > 0.1
+    )
     for name in free.grads:
-        torch.testing.assert_close(clipped.grads[name], free.grads[name] * 0.01 / metrics["grad_norm"], rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(
+            clipped.grads[name], free.grads[name] * 0.01 / metrics["grad_norm"], rtol=1e-3, atol=1e-9
+        )
 
 
 def test_a_step_moves_the_weights_and_lowers_the_loss(one_vlm):
     """The sign of it all: a small plain gradient step lowers the loss it was computed from, by about lr |g|^2."""
     model, processor = one_vlm
-    groups, config = make_groups(model, processor), PAPOConfig(**WEIGHTS, masked_grad="full", max_grad_norm=float("inf"))
+    groups, config = (
+        make_groups(model, processor),
+        PAPOConfig(**WEIGHTS, masked_grad="full", max_grad_norm=float("inf")),
+    )
     metrics = papo_step(model, torch.optim.SGD(model.parameters(), lr=1e-5), config, groups)
     with torch.no_grad():
         drop = metrics["loss"] - whole_batch(model.eval(), config, groups)[1]["loss"]
@@ -157,8 +195,11 @@ def test_a_gradient_that_is_not_finite_is_skipped(one_vlm, bad):
     advantages, groups[0].advantages = groups[0].advantages, groups[0].advantages * bad
     assert papo_step(model, optimizer, config, groups)["skipped"] == 1
     assert all(torch.equal(w, weights[name]) for name, w in model.state_dict().items())
-    assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(y)) for key in state["state"]
-               for x, y in zip(state["state"][key].values(), optimizer.state_dict()["state"][key].values()))
+    assert all(
+        torch.equal(torch.as_tensor(x), torch.as_tensor(y))
+        for key in state["state"]
+        for x, y in zip(state["state"][key].values(), optimizer.state_dict()["state"][key].values())
+    )
     groups[0].advantages = advantages
     assert papo_step(model, optimizer, config, groups)["skipped"] == 0
     assert any(not torch.equal(w, weights[name]) for name, w in model.state_dict().items())
@@ -173,12 +214,16 @@ def test_the_first_update_has_ratio_one(one_vlm, monkeypatch):
     """Without old_logps pi_old is pi_theta: the ratio is exactly 1 and constant, yet the policy gradient flows."""
     model, processor = one_vlm
     groups, seen = make_groups(model, processor, constants=False), []
+
     def spy(config, logps, old_logps, *args):
         seen.append((logps, old_logps))
         return papo_loss(config, logps, old_logps, *args)
+
     monkeypatch.setattr(papo, "papo_loss", spy)
     metrics = papo_step(model, Recorder(model), PAPOConfig(gamma=0, beta=0), groups)
-    assert len(seen) == 2 and all(torch.equal(logps, old) and logps.requires_grad and not old.requires_grad for logps, old in seen)
+    assert len(seen) == 2 and all(
+        torch.equal(logps, old) and logps.requires_grad and not old.requires_grad for logps, old in seen
+    )
     mean_advantage = torch.cat([group.advantages for group in groups]).mean().item()
     assert metrics["policy_loss"] == pytest.approx(-mean_advantage, rel=1e-5) and metrics["grad_norm"] > 0.01
     assert metrics["clip_high_fraction"] == metrics["clip_low_fraction"] == 0
@@ -191,6 +236,7 @@ def test_score_constants(one_vlm):
     other = copy.deepcopy(model)
     other.get_output_embeddings().weight.data *= 0.5
     entered = []
+
     @contextmanager
     def reference():
         entered.append(1)
@@ -199,11 +245,15 @@ def test_score_constants(one_vlm):
 
     def stock(model, group):
         with torch.no_grad():
-            return pad_sequence([stock_score(model, group.prompt, o, 0.8)[0] for o in group.responses], batch_first=True)
+            return pad_sequence(
+                [stock_score(model, group.prompt, o, 0.8)[0] for o in group.responses], batch_first=True
+            )
 
     for tokens in (8192, 1):
         config = PAPOConfig(beta=0.1, temperature=0.8, updates_per_batch=2, tokens_per_forward=tokens)
-        groups = make_groups(model, processor, constants=False) + make_groups(model, processor, constants=False)
+        groups = make_groups(model, processor, constants=False) + make_groups(
+            model, processor, constants=False
+        )
         model.train()
         score_constants(model, reference, config, groups)
         assert not model.training and groups[0].old_logps is None and groups[1].old_logps is None
@@ -221,12 +271,18 @@ def test_score_constants(one_vlm):
 
 # --- splitting ---------------------------------------------------------------------------------------------------------
 
+
 def test_split_group_covers_once_in_order_within_budget():
     """Runs of responses, each with the prompt within tokens_per_forward, or a single response; none could take in the next."""
     prompt = {"input_ids": torch.zeros(1, 10)}
     for seed, budget in itertools.product(range(20), (1, 12, 15, 20, 30, 1000)):
         lengths = torch.randint(1, 9, (1 + seed % 7,), generator=torch.Generator().manual_seed(seed)).tolist()
-        parts = [lengths[part] for part in split_group(PAPOConfig(tokens_per_forward=budget), prompt, [torch.zeros(n) for n in lengths])]
+        parts = [
+            lengths[part]
+            for part in split_group(
+                PAPOConfig(tokens_per_forward=budget), prompt, [torch.zeros(n) for n in lengths]
+            )
+        ]
         assert sum(parts, []) == lengths and all(parts)
         assert all(10 + sum(part) <= budget or len(part) == 1 for part in parts)
         assert all(10 + sum(part) + following[0] > budget for part, following in zip(parts, parts[1:]))
@@ -242,27 +298,52 @@ def test_split_batch_covers_once_in_order():
 
 # --- rollouts ----------------------------------------------------------------------------------------------------------
 
+
 def fake_grader(monkeypatch, is_mixed, calls):
     """sample_and_grade without a model: the group of row n is mixed if is_mixed(n), else all right or all wrong."""
+
     def fake(model, processor, config, rows, generator):
         calls.append(len(rows))
         accuracies = [[1.0, 0.0] if is_mixed(row) else [float(row % 2)] * 2 for row in rows]
-        return [Group(row, None, [], [], [{"accuracy": a} for a in pair], None) for row, pair in zip(rows, accuracies)]
+        return [
+            Group(row, None, [], [], [{"accuracy": a} for a in pair], None)
+            for row, pair in zip(rows, accuracies)
+        ]
+
     monkeypatch.setattr(papo, "sample_and_grade", fake)
     return SimpleNamespace(device="cpu")
 
 
 def test_mixed():
     """Accuracy decides, not reward: groups that differ only in format teach nothing about answers."""
-    mixed = lambda *accuracies: Group(None, None, [], [], [{"accuracy": a, "reward": i} for i, a in enumerate(accuracies)], None).mixed
-    assert mixed(1.0, 0.0, 0.0) and mixed(0.0, 1.0, 1.0) and not mixed(0.0, 0.0, 0.0) and not mixed(1.0, 1.0, 1.0)
+    mixed = lambda *accuracies: (
+        Group(
+            None, None, [], [], [{"accuracy": a, "reward": i} for i, a in enumerate(accuracies)], None
+        ).mixed
+    )
+    assert (
+        mixed(1.0, 0.0, 0.0)
+        and mixed(0.0, 1.0, 1.0)
+        and not mixed(0.0, 0.0, 0.0)
+        and not mixed(1.0, 1.0, 1.0)
+    )
 
 
 def test_dynamic_sampling_redraws_and_stops(monkeypatch):
     """DAPO: only mixed groups are kept and the missing ones redrawn; after max_redraws the batch stays short."""
-    options = dict(gamma=0.0, dynamic_sampling=True, prompts_per_batch=6, prompts_per_sample=4, updates_per_batch=1)
+    options = dict(
+        gamma=0.0, dynamic_sampling=True, prompts_per_batch=6, prompts_per_sample=4, updates_per_batch=1
+    )
+
     def draw(model, **changes):
-        return roll_out(model, None, PAPOConfig(**{**options, **changes}), itertools.count(), torch.Generator().manual_seed(0))
+        return roll_out(
+            model,
+            None,
+            PAPOConfig(**{**options, **changes}),
+            itertools.count(),
+            torch.Generator().manual_seed(0),
+        )
+
     calls = []
     groups, redraws = draw(fake_grader(monkeypatch, lambda n: n % 3 == 0, calls))
     assert [group.row for group in groups] == [0, 3, 6, 9, 12, 15] and all(group.mixed for group in groups)
@@ -272,7 +353,9 @@ def test_dynamic_sampling_redraws_and_stops(monkeypatch):
     groups, redraws = draw(fake_grader(monkeypatch, lambda n: n % 100 == 50, calls))
     assert [group.row for group in groups] == [50] and redraws == 20
     calls.clear()
-    assert draw(fake_grader(monkeypatch, lambda n: False, calls), max_redraws=2) == ([], 2) and sum(calls) == 18
+    assert (
+        draw(fake_grader(monkeypatch, lambda n: False, calls), max_redraws=2) == ([], 2) and sum(calls) == 18
+    )
     calls.clear()
     assert draw(fake_grader(monkeypatch, lambda n: True, calls))[1] == 0 and sum(calls) == 6
     calls.clear()  # without dynamic sampling every group is kept
@@ -280,7 +363,10 @@ def test_dynamic_sampling_redraws_and_stops(monkeypatch):
     assert [group.row for group in groups] == list(range(6)) and redraws == 0 and calls == [4, 2]
 
 
-ROWS = [{"images": [picture(k, 84, 56)], "problem": f"<image>What is shown here? {k}", "answer": "7"} for k in range(3)]
+ROWS = [
+    {"images": [picture(k, 84, 56)], "problem": f"<image>What is shown here? {k}", "answer": "7"}
+    for k in range(3)
+]
 
 
 def test_sample_and_grade(one_vlm, monkeypatch):
@@ -288,9 +374,11 @@ def test_sample_and_grade(one_vlm, monkeypatch):
     are those of the rewards."""
     model, processor = one_vlm
     calls = []
+
     def grade(text, answer, format_weight):
         calls.append((text, answer, format_weight))
         return {"reward": len(calls) % 3 / 2, "accuracy": 0.0, "format": 0.0}
+
     monkeypatch.setattr(papo, "compute_reward", grade)
     config = PAPOConfig(group_size=3, max_new_tokens=6, format_weight=0.3, temperature=0.9, top_p=0.8)
     hook = shift_logits(model, {processor.tokenizer.eos_token_id: 5.0})
@@ -306,7 +394,10 @@ def test_sample_and_grade(one_vlm, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(group.responses, responses, strict=True))
         assert group.texts == [processor.tokenizer.decode(o, skip_special_tokens=True) for o in responses]
         assert torch.equal(group.advantages, papo.group_advantages([s["reward"] for s in group.scores]))
-        assert torch.equal(group.prompt["input_ids"], papo.encode_prompt(processor, row["problem"], row["images"][0])["input_ids"])
+        assert torch.equal(
+            group.prompt["input_ids"],
+            papo.encode_prompt(processor, row["problem"], row["images"][0])["input_ids"],
+        )
         assert group.masked_prompt is group.old_logps is group.ref_logps is None
 
 
@@ -314,11 +405,17 @@ def test_thinking_templates_open_the_tag_themselves(one_vlm, monkeypatch):
     """A thinking model's prompt ends with <think>: the response continues it, and the text that is graded shows it."""
     model, processor = one_vlm
     template = processor.chat_template
-    monkeypatch.setattr(processor, "chat_template", template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"))
+    monkeypatch.setattr(
+        processor, "chat_template", template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    )
     config = PAPOConfig(group_size=2, max_new_tokens=4)
-    draw = lambda: papo.sample_and_grade(model, processor, config, ROWS[:1], torch.Generator().manual_seed(0))[0]
+    draw = lambda: papo.sample_and_grade(
+        model, processor, config, ROWS[:1], torch.Generator().manual_seed(0)
+    )[0]
     group = draw()
-    assert group.texts == ["<think>" + processor.tokenizer.decode(o, skip_special_tokens=True) for o in group.responses]
+    assert group.texts == [
+        "<think>" + processor.tokenizer.decode(o, skip_special_tokens=True) for o in group.responses
+    ]
     monkeypatch.setattr(processor, "chat_template", template)
     assert not any(text.startswith("<think>") for text in draw().texts)
 
@@ -327,13 +424,28 @@ def test_masking_does_not_move_the_sampling(one_vlm):
     """gamma = 0 and gamma > 0 sample the same responses from the same seed, also in the next rollout; masks are drawn only if
     the loss needs them, fresh each time, from the same seed again the same."""
     model, processor = one_vlm
+
     def run(**options):
-        config = PAPOConfig(group_size=2, max_new_tokens=5, prompts_per_batch=3, prompts_per_sample=2, mask_ratio=0.5, **options)
+        config = PAPOConfig(
+            group_size=2,
+            max_new_tokens=5,
+            prompts_per_batch=3,
+            prompts_per_sample=2,
+            mask_ratio=0.5,
+            **options,
+        )
         generator = torch.Generator().manual_seed(5)
-        return [group for _ in range(2) for group in roll_out(model, processor, config, itertools.cycle(ROWS), generator)[0]]
+        return [
+            group
+            for _ in range(2)
+            for group in roll_out(model, processor, config, itertools.cycle(ROWS), generator)[0]
+        ]
+
     plain, masked, again, eta = run(gamma=0.0), run(gamma=0.1), run(gamma=0.1), run(gamma=0.0, eta2=0.1)
     responses = lambda groups: [o.tolist() for group in groups for o in group.responses]
-    assert responses(plain) == responses(masked) == responses(eta) and responses(plain[:3]) != responses(plain[3:])
+    assert responses(plain) == responses(masked) == responses(eta) and responses(plain[:3]) != responses(
+        plain[3:]
+    )
     assert all(group.masked_prompt is None and group.masked_image is None for group in plain)
     pixels = lambda groups: [group.masked_image.tobytes() for group in groups]
     assert pixels(masked) == pixels(again) == pixels(eta) and len(set(pixels(masked))) == 6
@@ -359,28 +471,55 @@ def test_a_frozen_vision_tower_runs_once_per_picture(one_vlm):
     """With nothing to train in the tower, image and masked image are encoded once each in the rollout and never again; the
     metrics are those of a tower that runs in every pass."""
     model, processor = one_vlm
-    config = PAPOConfig(gamma=0.1, beta=0.0, eta2=0.1, group_size=2, max_new_tokens=4, prompts_per_batch=3, updates_per_batch=1)
+    config = PAPOConfig(
+        gamma=0.1,
+        beta=0.0,
+        eta2=0.1,
+        group_size=2,
+        max_new_tokens=4,
+        prompts_per_batch=3,
+        updates_per_batch=1,
+    )
     calls, metrics = [], []
     hook = model.model.visual.register_forward_pre_hook(lambda *_: calls.append(1))
     for trainable in (False, True):
         model.model.visual.requires_grad_(False)
         next(model.model.visual.parameters()).requires_grad_(trainable)  # a single trained weight is enough
         groups, _ = roll_out(model, processor, config, iter(ROWS), torch.Generator().manual_seed(0))
-        assert len(calls) == (1 if trainable else 2 * len(ROWS))  # trainable: one sampling pass for all three prompts
-        assert all(("features" in prompt) != trainable for group in groups for prompt in (group.prompt, group.masked_prompt))
+        assert len(calls) == (
+            1 if trainable else 2 * len(ROWS)
+        )  # trainable: one sampling pass for all three prompts
+        assert all(
+            ("features" in prompt) != trainable
+            for group in groups
+            for prompt in (group.prompt, group.masked_prompt)
+        )
         metrics.append(papo_step(model, Recorder(model), config, groups))
         assert len(calls) == (1 + 2 * len(ROWS) if trainable else 2 * len(ROWS))
         calls.clear()
     hook.remove()
-    assert all(metrics[0][name] == pytest.approx(metrics[1][name], abs=1e-5) for name in metrics[0] if name != "grad_norm")
+    assert all(
+        metrics[0][name] == pytest.approx(metrics[1][name], abs=1e-5)
+        for name in metrics[0]
+        if name != "grad_norm"
+    )
     assert metrics[0]["grad_norm"] < metrics[1]["grad_norm"]
 
 
 def test_a_whole_step_from_rollout_to_update(one_vlm):
     """All of it in the order of a trainer: roll out, score the constants, two updates; only the second has a ratio to clip."""
     model, processor = one_vlm
-    config = PAPOConfig(gamma=0.1, beta=0.1, eta1=0.01, eta2=0.01, group_size=3, max_new_tokens=5, prompts_per_batch=3,
-                        updates_per_batch=2, prompts_per_sample=3)
+    config = PAPOConfig(
+        gamma=0.1,
+        beta=0.1,
+        eta1=0.01,
+        eta2=0.01,
+        group_size=3,
+        max_new_tokens=5,
+        prompts_per_batch=3,
+        updates_per_batch=2,
+        prompts_per_sample=3,
+    )
     groups, redraws = roll_out(model, processor, config, iter(ROWS), torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     for group in groups:
@@ -390,7 +529,12 @@ def test_a_whole_step_from_rollout_to_update(one_vlm):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     first, second = (papo_step(model, optimizer, config, update) for update in split_batch(config, groups))
     assert redraws == 0 and first["kl_ref"] == pytest.approx(0, abs=1e-6) and second["kl_ref"] > 1e-3
-    assert first["clip_high_fraction"] == first["clip_low_fraction"] == 0 < second["clip_high_fraction"] + second["clip_low_fraction"]
+    assert (
+        first["clip_high_fraction"]
+        == first["clip_low_fraction"]
+        == 0
+        < second["clip_high_fraction"] + second["clip_low_fraction"]
+    )
     assert first["kl_prcp"] > 0.01 and first["skipped"] == second["skipped"] == 0
 
 

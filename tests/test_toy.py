@@ -13,7 +13,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import toy
 from papo import encode_prompt, sample_groups
 
-SHORT = toy.WarmStart(short_stages=((1, 2),), clean_steps=1, guess_steps=1, batch_size=4)       # seconds, learns nothing
+SHORT = toy.WarmStart(
+    short_stages=((1, 2),), clean_steps=1, guess_steps=1, batch_size=4
+)  # seconds, learns nothing
 
 
 @pytest.fixture(scope="session")
@@ -23,19 +25,22 @@ def processor():
 
 def cache_file(folder):
     files = list(folder.iterdir())
-    assert len(files) == 1, files                                    # no half-written draft is left either
+    assert len(files) == 1, files  # no half-written draft is left either
     return files[0]
 
 
 def same_weights(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
 
+
 def test_splits_share_no_handwritten_digit():
     pools = {split: toy._digit_pool(split) for split in toy.SPLITS}
-    assert sum(len(labels) for _, labels in pools.values()) == 1797               # and together they use every digit once
+    assert sum(len(labels) for _, labels in pools.values()) == 1797  # and together they use every digit once
     for split, (_, labels) in pools.items():
         shares = np.bincount(labels, minlength=10) / len(labels)
         assert shares.min() > 0.08 and shares.max() < 0.12, (split, shares)
@@ -61,8 +66,11 @@ def test_text_states_what_the_dependency_says(digits):
         assert image.size == (28 * digits, 28) and image.mode == "RGB"
         assert row["answer"] == str(sum(row["digits"])) and row["problem"].count("<image>") == 1
         stated = sum(character.isdigit() for character in row["problem"])
-        assert stated in {"high": [0], "medium": [digits // 2, (digits + 1) // 2], "low": [digits]}[row["dependency"]]
-        if stated:                                                                # each in its place
+        assert (
+            stated
+            in {"high": [0], "medium": [digits // 2, (digits + 1) // 2], "low": [digits]}[row["dependency"]]
+        )
+        if stated:  # each in its place
             places = row["problem"].split(" are ")[1].split(". ")[0].split(" ")
             assert all(place in ("_", str(digit)) for place, digit in zip(places, row["digits"], strict=True))
 
@@ -85,22 +93,34 @@ def test_an_unknown_split_is_refused():
 ROW = {"digits": [3, 0, 9, 4], "answer": "16"}
 
 
-@pytest.mark.parametrize("kind, response", [
-    (None, "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 12 + 4 = 16. </think> \\boxed{16}"),
-    (None, "<think> I see 3 0 8 5. 3 + 0 = 3, 3 + 8 = 11, 11 + 5 = 16. </think> \\boxed{16}"),         # right by luck
-    (None, "no idea \\boxed{16}"),
-    ("perception", "<think> I see 3 0 9 5. 3 + 0 = 3, 3 + 9 = 12, 12 + 5 = 17. </think> \\boxed{17}"),
-    ("perception", "<think> I see 3 0 9. 3 + 0 = 3, 3 + 9 = 12. </think> \\boxed{12}"),                # overlooks one
-    ("perception", "<think> I see 3 0 9 5. 3 + 0 = 4, 7 + 9 = 1, 1 + 5 = 6. </think> \\boxed{7}"),     # the first cause wins
-    ("reasoning", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 8 = 11, 11 + 4 = 15. </think> \\boxed{15}"),
-    ("reasoning", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12. </think> \\boxed{12}"),               # leaves one out
-    ("reasoning", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 13 + 4 = 17. </think> \\boxed{17}"),  # carries a wrong sum on
-    ("calculation", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 13, 13 + 4 = 17. </think> \\boxed{17}"),
-    ("inconsistency", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 12 + 4 = 16. </think> \\boxed{61}"),
-    ("unreadable", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 12 + 4 = 16. </think>"),             # no box
-    ("unreadable", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + = 12. </think> \\boxed{12}"),
-    ("unreadable", ""),
-])
+@pytest.mark.parametrize(
+    "kind, response",
+    [
+        (None, "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 12 + 4 = 16. </think> \\boxed{16}"),
+        (
+            None,
+            "<think> I see 3 0 8 5. 3 + 0 = 3, 3 + 8 = 11, 11 + 5 = 16. </think> \\boxed{16}",
+        ),  # right by luck
+        (None, "no idea \\boxed{16}"),
+        ("perception", "<think> I see 3 0 9 5. 3 + 0 = 3, 3 + 9 = 12, 12 + 5 = 17. </think> \\boxed{17}"),
+        ("perception", "<think> I see 3 0 9. 3 + 0 = 3, 3 + 9 = 12. </think> \\boxed{12}"),  # overlooks one
+        (
+            "perception",
+            "<think> I see 3 0 9 5. 3 + 0 = 4, 7 + 9 = 1, 1 + 5 = 6. </think> \\boxed{7}",
+        ),  # the first cause wins
+        ("reasoning", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 8 = 11, 11 + 4 = 15. </think> \\boxed{15}"),
+        ("reasoning", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12. </think> \\boxed{12}"),  # leaves one out
+        (
+            "reasoning",
+            "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 13 + 4 = 17. </think> \\boxed{17}",
+        ),  # carries a wrong sum on
+        ("calculation", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 13, 13 + 4 = 17. </think> \\boxed{17}"),
+        ("inconsistency", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 12 + 4 = 16. </think> \\boxed{61}"),
+        ("unreadable", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 12 + 4 = 16. </think>"),  # no box
+        ("unreadable", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + = 12. </think> \\boxed{12}"),
+        ("unreadable", ""),
+    ],
+)
 def test_error_type(kind, response):
     assert toy.error_type(response, ROW) == kind
 
@@ -114,10 +134,13 @@ def test_error_type_of_one_digit():
 
 def test_a_true_trace_of_every_row_is_right_and_perceived():
     for row in toy.toy_dataset("test", 30, digits=5):
-        assert toy.error_type(toy._trace(row["digits"]), row) is None and toy.perceived(toy._trace(row["digits"]), row)
+        assert toy.error_type(toy._trace(row["digits"]), row) is None and toy.perceived(
+            toy._trace(row["digits"]), row
+        )
 
 
 # --- processor and model ---------------------------------------------------------------------------------------------
+
 
 def test_digits_are_single_tokens_and_text_survives(processor):
     tokenizer = processor.tokenizer
@@ -132,13 +155,20 @@ def test_processor_and_model_survive_saving(processor, tmp_path):
     model = toy.toy_model(processor)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    loaded, reloaded = AutoProcessor.from_pretrained(tmp_path), AutoModelForImageTextToText.from_pretrained(tmp_path)
+    loaded, reloaded = (
+        AutoProcessor.from_pretrained(tmp_path),
+        AutoModelForImageTextToText.from_pretrained(tmp_path),
+    )
     assert type(loaded) is type(processor) and type(reloaded) is type(model) and same_weights(model, reloaded)
     assert loaded.tokenizer.eos_token == "<|im_end|>" and loaded.tokenizer.pad_token == "<|endoftext|>"
     assert reloaded.generation_config.eos_token_id == loaded.tokenizer.eos_token_id
     for row in toy.toy_dataset("test", 3):
-        before, after = (encode_prompt(each, row["problem"], row["images"][0]) for each in (processor, loaded))
-        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        before, after = (
+            encode_prompt(each, row["problem"], row["images"][0]) for each in (processor, loaded)
+        )
+        assert before.keys() == after.keys() and all(
+            torch.equal(before[name], after[name]) for name in before
+        )
 
 
 def test_model_is_drawn_from_its_seed_alone(processor):
@@ -147,19 +177,24 @@ def test_model_is_drawn_from_its_seed_alone(processor):
     one = toy.toy_model(processor, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(8)
-    assert same_weights(one, toy.toy_model(processor, seed=1)) and not same_weights(one, toy.toy_model(processor, seed=2))
+    assert same_weights(one, toy.toy_model(processor, seed=1)) and not same_weights(
+        one, toy.toy_model(processor, seed=2)
+    )
     assert 500_000 < sum(weight.numel() for weight in one.parameters()) < 700_000
     assert {weight.dtype for weight in one.parameters()} == {torch.float32}
 
 
 # --- warm start ------------------------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("digits", [1, 4, 9])
 def test_training_sees_the_very_prompt_that_rl_sees(processor, digits):
     rows = toy.toy_dataset("validation", 6, digits=digits)
     texts = toy._prompt_texts(processor, rows["problem"], digits)
     picks = np.arange(6 * digits).reshape(6, digits)
-    pool = np.concatenate([np.asarray(row["images"][0])[:, :, 0].reshape(28, digits, 28).swapaxes(0, 1) for row in rows])
+    pool = np.concatenate(
+        [np.asarray(row["images"][0])[:, :, 0].reshape(28, digits, 28).swapaxes(0, 1) for row in rows]
+    )
     images = toy._images(pool, picks, 0, np.random.default_rng(0))
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].chunk(6)
     for row, text, patches in zip(rows, texts, pixels, strict=True):
@@ -226,7 +261,9 @@ def empty(path, tensors, key):
 
 
 def foreign_key(path, tensors, key):
-    save_file({name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path, metadata={"key": "f" * 64})
+    save_file(
+        {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}, path, metadata={"key": "f" * 64}
+    )
 
 
 def no_key(path, tensors, key):
@@ -257,8 +294,11 @@ def good_cache(tmp_path_factory):
     return toy.warm_start(digits=1, cache_dir=folder, recipe=SHORT)[0], cache_file(folder)
 
 
-@pytest.mark.parametrize("harm", [truncate, garbage, empty, foreign_key, no_key, wrong_shape, wrong_dtype, missing_tensor,
-                                  strange_tensor], ids=lambda harm: harm.__name__)
+@pytest.mark.parametrize(
+    "harm",
+    [truncate, garbage, empty, foreign_key, no_key, wrong_shape, wrong_dtype, missing_tensor, strange_tensor],
+    ids=lambda harm: harm.__name__,
+)
 def test_a_bad_cache_file_is_rebuilt(harm, good_cache, tmp_path, processor):
     good, source = good_cache
     path = tmp_path / source.name
@@ -271,8 +311,12 @@ def test_a_bad_cache_file_is_rebuilt(harm, good_cache, tmp_path, processor):
 
 def test_every_ingredient_changes_the_key(processor, monkeypatch):
     model = toy.toy_model(processor)
-    keys = [toy._cache_key(processor, model, 4, 0, SHORT), toy._cache_key(processor, model, 3, 0, SHORT),
-            toy._cache_key(processor, model, 4, 1, SHORT), toy._cache_key(processor, model, 4, 0, toy.WarmStart())]
+    keys = [
+        toy._cache_key(processor, model, 4, 0, SHORT),
+        toy._cache_key(processor, model, 3, 0, SHORT),
+        toy._cache_key(processor, model, 4, 1, SHORT),
+        toy._cache_key(processor, model, 4, 0, toy.WarmStart()),
+    ]
     monkeypatch.setattr(toy, "PROMPT_SUFFIX", " Answer.")
     keys.append(toy._cache_key(processor, model, 4, 0, SHORT))
     monkeypatch.setattr(torch, "__version__", "0.0")
@@ -288,9 +332,14 @@ def test_the_policy_adds_and_copies_but_guesses_what_it_should_see(warm_start):
         torch.manual_seed(0)
         for row in rows:
             prompt = encode_prompt(processor, row["problem"], row["images"][0])
-            ids = model.generate(**prompt, do_sample=True, top_k=0, max_new_tokens=60)[0, prompt["input_ids"].shape[1]:]
+            ids = model.generate(**prompt, do_sample=True, top_k=0, max_new_tokens=60)[
+                0, prompt["input_ids"].shape[1] :
+            ]
             kinds.append(toy.error_type(processor.tokenizer.decode(ids, skip_special_tokens=True), row))
-    right = {d: np.mean([k is None for k, row in zip(kinds, rows) if row["dependency"] == d]) for d in toy.DEPENDENCIES}
+    right = {
+        d: np.mean([k is None for k, row in zip(kinds, rows) if row["dependency"] == d])
+        for d in toy.DEPENDENCIES
+    }
     wrong = [kind for kind in kinds if kind]
     assert right["high"] < 0.25 and right["low"] > 0.75, right
     assert wrong.count("perception") / len(wrong) > 0.75, wrong

@@ -13,18 +13,23 @@ from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import papo
+import report
 import toy
 import train_small as ts
 
-QUICK = ("--group_size 2 --prompts_per_batch 4 --updates_per_batch 2 --prompts_per_sample 4 --max_new_tokens 6 --eval_size 4 "
-         "--eval_every 2 --learning_rate 1e-3 --min_pixels 4704 --max_pixels 15680").split()
+QUICK = (
+    "--group_size 2 --prompts_per_batch 4 --updates_per_batch 2 --prompts_per_sample 4 --max_new_tokens 6 --eval_size 4 "
+    "--eval_every 2 --learning_rate 1e-3 --min_pixels 4704 --max_pixels 15680"
+).split()
 
 
 def dots(count):
     """A drawn question: so many dots on grey."""
     image = Image.new("RGB", (84, 84), (90, 90, 90))
     for i in range(count):
-        ImageDraw.Draw(image).ellipse((5 + 26 * (i % 3), 5 + 26 * (i // 3), 25 + 26 * (i % 3), 25 + 26 * (i // 3)), (250, 200, 40))
+        ImageDraw.Draw(image).ellipse(
+            (5 + 26 * (i % 3), 5 + 26 * (i // 3), 25 + 26 * (i % 3), 25 + 26 * (i // 3)), (250, 200, 40)
+        )
     return image
 
 
@@ -32,10 +37,22 @@ def dots(count):
 def parquet(tmp_path_factory):
     """64 drawn questions in the columns of the published data sets."""
     counts = [random.Random(i).randint(1, 9) for i in range(64)]
-    rows = [{"images": [dots(n)], "problem": "<image>How many dots?" if n % 2 else "How many dots?", "answer": str(n)} for n in counts]
+    rows = [
+        {
+            "images": [dots(n)],
+            "problem": "<image>How many dots?" if n % 2 else "How many dots?",
+            "answer": str(n),
+        }
+        for n in counts
+    ]
     path = tmp_path_factory.mktemp("data") / "dots.parquet"
-    features = datasets.Features({"images": datasets.List(datasets.Image()), "problem": datasets.Value("string"),
-                                  "answer": datasets.Value("string")})
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "problem": datasets.Value("string"),
+            "answer": datasets.Value("string"),
+        }
+    )
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
     return str(path)
 
@@ -63,8 +80,15 @@ def make_folder(architecture, tmp_path_factory):
 def trainers(monkeypatch):
     """The Trainers that the program makes, to look inside afterwards."""
     made = []
-    monkeypatch.setattr(ts, "Trainer", type("Spy", (ts.Trainer,), {
-        "__init__": lambda self, *args: (super(type(self), self).__init__(*args), made.append(self))[0]}))
+    monkeypatch.setattr(
+        ts,
+        "Trainer",
+        type(
+            "Spy",
+            (ts.Trainer,),
+            {"__init__": lambda self, *args: (super(type(self), self).__init__(*args), made.append(self))[0]},
+        ),
+    )
     return made
 
 
@@ -73,7 +97,9 @@ def metrics(out):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 # --- real models and data --------------------------------------------------------------------------------------------
@@ -83,10 +109,21 @@ def test_train_checkpoint_load_and_evaluate(folder, parquet, trainers, tmp_path,
     """The whole way for each architecture; the loaded checkpoint has the trained weights and says the same when greedy."""
     out = tmp_path / "run"
     ts.main(["--model", folder, "--dataset", parquet, "--steps", "2", "--out", str(out), *QUICK])
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "phases.json", "curves.png", "samples.html", "checkpoint"}
+    assert {p.name for p in out.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "phases.json",
+        "curves.png",
+        "samples.html",
+        "checkpoint",
+    }
     assert "accuracy (avg@8)" in capsys.readouterr().out
     lines = metrics(out)
-    assert [line["step"] for line in lines] == [0, 1, 2] and lines[1]["kl_prcp"] > 0 and lines[2]["clip_high_fraction"] >= 0
+    assert (
+        [line["step"] for line in lines] == [0, 1, 2]
+        and lines[1]["kl_prcp"] > 0
+        and lines[2]["clip_high_fraction"] >= 0
+    )
 
     trained = trainers[0].model.eval()
     loaded = AutoModelForImageTextToText.from_pretrained(out / "checkpoint")
@@ -98,9 +135,26 @@ def test_train_checkpoint_load_and_evaluate(folder, parquet, trainers, tmp_path,
     assert greedy(loaded) == greedy(trained)
 
     card = (out / "checkpoint" / "README.md").read_text()
-    assert card.startswith("---\n") and f'base_model: "{folder}"' in card and "PAPO-G" in card and "gamma: 0.02" in card
-    ts.main(["--eval-only", "--model", str(out / "checkpoint"), "--dataset", parquet, "--max_samples", "8",
-             "--out", str(tmp_path / "eval"), *QUICK])
+    assert (
+        card.startswith("---\n")
+        and f'base_model: "{folder}"' in card
+        and "PAPO-G" in card
+        and "gamma: 0.02" in card
+    )
+    ts.main(
+        [
+            "--eval-only",
+            "--model",
+            str(out / "checkpoint"),
+            "--dataset",
+            parquet,
+            "--max_samples",
+            "8",
+            "--out",
+            str(tmp_path / "eval"),
+            *QUICK,
+        ]
+    )
     rows = [json.loads(line) for line in (tmp_path / "eval" / "eval.jsonl").read_text().splitlines()]
     assert len(rows) == 8 and len(rows[0]["responses"]) == len(rows[0]["responses_masked"]) == ts.SAMPLES
     assert "gap" in capsys.readouterr().out
@@ -114,7 +168,9 @@ def test_a_resumed_run_is_the_same_run(flags, one_folder, parquet, tmp_path, tra
     ts.main([*arguments, "--steps", "2", "--out", str(tmp_path / "parts")])
     ts.main([*arguments, "--steps", "4", "--out", str(tmp_path / "parts"), "--resume"])
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
-    assert same(trainers[0].model, trainers[2].model) and trainers[0].steps_done == trainers[2].steps_done == 4
+    assert (
+        same(trainers[0].model, trainers[2].model) and trainers[0].steps_done == trainers[2].steps_done == 4
+    )
 
 
 def test_a_resumed_run_may_not_change_its_settings(one_folder, parquet, tmp_path, capsys):
@@ -126,7 +182,21 @@ def test_a_resumed_run_may_not_change_its_settings(one_folder, parquet, tmp_path
 
 
 def test_lora_reference_is_the_model_without_its_adapter(one_folder, parquet, tmp_path, trainers):
-    ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "2", "--lora", "4", "--out", str(tmp_path / "a"), *QUICK])
+    ts.main(
+        [
+            "--model",
+            one_folder,
+            "--dataset",
+            parquet,
+            "--steps",
+            "2",
+            "--lora",
+            "4",
+            "--out",
+            str(tmp_path / "a"),
+            *QUICK,
+        ]
+    )
     trainer, base = trainers[0], AutoModelForImageTextToText.from_pretrained(one_folder)
     prompt = papo.encode_prompt(trainer.processor, "How many dots?", dots(2))
     score = lambda model: papo.group_logps(model, prompt, [torch.tensor([60, 61, 62])])[0]
@@ -135,11 +205,30 @@ def test_lora_reference_is_the_model_without_its_adapter(one_folder, parquet, tm
     with torch.no_grad():
         adapted = score(trainer.model.eval())
         assert not torch.allclose(adapted, score(base), atol=1e-5)
-        loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "a" / "checkpoint")  # the adapter on its base
+        loaded = AutoModelForImageTextToText.from_pretrained(
+            tmp_path / "a" / "checkpoint"
+        )  # the adapter on its base
         assert torch.allclose(score(loaded), adapted, atol=1e-5)
-    ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "2", "--lora", "4", "--merge", "--out", str(tmp_path / "b"), *QUICK])
+    ts.main(
+        [
+            "--model",
+            one_folder,
+            "--dataset",
+            parquet,
+            "--steps",
+            "2",
+            "--lora",
+            "4",
+            "--merge",
+            "--out",
+            str(tmp_path / "b"),
+            *QUICK,
+        ]
+    )
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "b" / "checkpoint")
-    again, _ = ts.load_model(ts.RunConfig(model=str(tmp_path / "a" / "checkpoint")))  # to train on: with the adapter merged
+    again, _ = ts.load_model(
+        ts.RunConfig(model=str(tmp_path / "a" / "checkpoint"))
+    )  # to train on: with the adapter merged
     with torch.no_grad():
         assert torch.allclose(score(again), adapted, atol=1e-4)
     assert not (tmp_path / "b" / "checkpoint" / "adapter_config.json").exists()
@@ -149,7 +238,21 @@ def test_lora_reference_is_the_model_without_its_adapter(one_folder, parquet, tm
 
 def test_the_same_seed_gives_the_same_metrics(one_folder, parquet, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "2", "--seed", str(seed), "--out", str(tmp_path / name), *QUICK])
+        ts.main(
+            [
+                "--model",
+                one_folder,
+                "--dataset",
+                parquet,
+                "--steps",
+                "2",
+                "--seed",
+                str(seed),
+                "--out",
+                str(tmp_path / name),
+                *QUICK,
+            ]
+        )
     assert metrics(tmp_path / "a") == metrics(tmp_path / "b") != metrics(tmp_path / "c")
 
 
@@ -157,22 +260,43 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
     """parquet, jsonl with image paths, a folder and a saved data set give the same rows; unusable ones are counted by reason."""
     dots(3).save(tmp_path / "three.png")
     (tmp_path / "broken.png").write_bytes((tmp_path / "three.png").read_bytes()[:60])
-    rows = [{"pic": "three.png", "q": "How many?", "a": 3}, {"pic": ["three.png"], "q": "How <image> many?", "a": "3"},
-            {"pic": "broken.png", "q": "?", "a": "1"}, {"pic": [], "q": "?", "a": "1"}, {"pic": "three.png", "q": "?", "a": " "},
-            {"pic": ["three.png", "three.png"], "q": "?", "a": "1"}, {"pic": "three.png", "q": "long " * 200, "a": "1"},
-            {"pic": "three.png", "q": "", "a": "1"}]
+    rows = [
+        {"pic": "three.png", "q": "How many?", "a": 3},
+        {"pic": ["three.png"], "q": "How <image> many?", "a": "3"},
+        {"pic": "broken.png", "q": "?", "a": "1"},
+        {"pic": [], "q": "?", "a": "1"},
+        {"pic": "three.png", "q": "?", "a": " "},
+        {"pic": ["three.png", "three.png"], "q": "?", "a": "1"},
+        {"pic": "three.png", "q": "long " * 200, "a": "1"},
+        {"pic": "three.png", "q": "", "a": "1"},
+    ]
     for row in rows:
         row["pic"] = row["pic"] if isinstance(row["pic"], list) else [row["pic"]]
         row["a"] = str(row["a"])
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run = ts.RunConfig(model=one_folder, dataset=str(file), image_column="pic", problem_column="q", answer_column="a",
-                       max_prompt_tokens=150, min_pixels=4704, max_pixels=15680)
+    run = ts.RunConfig(
+        model=one_folder,
+        dataset=str(file),
+        image_column="pic",
+        problem_column="q",
+        answer_column="a",
+        max_prompt_tokens=150,
+        min_pixels=4704,
+        max_pixels=15680,
+    )
     _, processor = ts.load_model(run)
     usable = ts.load_rows(run, processor)
     assert [row["answer"] for row in usable] == ["3", "3"] and usable[0]["images"][0].size == (84, 84)
     said = capsys.readouterr().out
-    for reason in ("unreadable image", "no image", "empty answer", "more than one image", "prompt longer than 150 tokens", "problem is no text"):
+    for reason in (
+        "unreadable image",
+        "no image",
+        "empty answer",
+        "more than one image",
+        "prompt longer than 150 tokens",
+        "problem is no text",
+    ):
         assert f"skipped 1 rows: {reason}" in said
 
     whole = datasets.load_dataset("parquet", data_files=parquet, split="train")
@@ -192,6 +316,7 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
 def test_kahan_follows_fp32_where_plain_bf16_stands_still():
     """200 AdamW steps at lr 1e-6 on weights around 0.02 with noisy gradients: a bf16 weight moves by 1e-4 or not at all, what
     Kahan's sum remembers beside it makes up the rest."""
+
     def train(dtype, **kahan):
         generator = torch.Generator().manual_seed(0)
         weight = torch.nn.Parameter(torch.linspace(0.015, 0.03, 256).to(dtype))
@@ -218,7 +343,11 @@ def test_a_preset_sets_the_published_values_and_reports_deviations(capsys):
     assert config.dynamic_sampling and config.masked_grad == "entropy"
     assert "group_size 5 -> 4" in capsys.readouterr().out
     config, run = ts.parse_args(["--algorithm", "papo-d", "--gamma", "0.1"])
-    assert config.gamma == 0.1 and config.aggregation == "token" and config.group_size == ts.TOY_SIZES["group_size"]
+    assert (
+        config.gamma == 0.1
+        and config.aggregation == "token"
+        and config.group_size == ts.TOY_SIZES["group_size"]
+    )
     assert run.out == "runs/papo-d-gamma0.1-seed0" and not run.gradient_checkpointing
     config, run = ts.parse_args(["--model", "x", "--gpu-memory", "24", "--lora", "8"])
     assert (run.lora, run.precision, config.group_size) == (8, "bf16", 5) and run.gradient_checkpointing
@@ -229,23 +358,52 @@ def test_every_flag_has_a_help_text():
         assert all(len(f.metadata.get("help", "")) > 10 for f in cls.__dataclass_fields__.values())
 
 
-@pytest.mark.parametrize("flags, says", [
-    ("--gama 1", "unrecognized arguments: --gama"), ("--preset papo-x", "unknown preset"), ("--gamma -1", "gamma must lie in"),
-    ("--gamma much", "invalid float"), ("--gamma nan", "gamma must lie in"), ("--mask_ratio 1.5", "mask_ratio must lie in"),
-    ("--group_size 1", "group_size must lie in"), ("--digits 0", "digits must lie in"), ("--steps 0", "steps must be at least 1"),
-    ("--algorithm ppo", "invalid choice"), ("--dataset x.parquet", "--dataset needs --model"), ("--merge", "--merge needs --lora"),
-    ("--precision bf16", "lose most updates"), ("--resume", "there is no"), ("--model ./nowhere", "no such folder"),
-    ("--model nobody/nothing", "embedded world runs offline"), ("--model {folder} --dataset ./none.parquet", "no such file"),
-    ("--model {folder} --dataset {parquet} --image-column pics", "no column pics; it has images, problem, answer"),
-    ("--model {folder} --dataset {parquet} --max-prompt-tokens 3", "0 usable rows"), ("--seed -1", "seed must lie in"),
-    ("--model {folder} --dataset {parquet} --split test", "has no splits"), ("--algorithm grpo --gamma 0.1", "it is --algorithm papo-g"),
-    ("--lora 4", "--lora needs --model"), ("--out {parquet}", "is a file"),
-    ("--model {other}", "is a gpt2; supported are qwen2_vl"), ("--model {empty}", "cannot be loaded"), ("--model {cut}", "cannot be loaded"),
-    ("--model {lacking}", "lacks 1 weights")])
-def test_bad_input_is_one_line_and_nothing_is_written(flags, says, one_folder, parquet, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        ("--gama 1", "unrecognized arguments: --gama"),
+        ("--preset papo-x", "unknown preset"),
+        ("--gamma -1", "gamma must lie in"),
+        ("--gamma much", "invalid float"),
+        ("--gamma nan", "gamma must lie in"),
+        ("--mask_ratio 1.5", "mask_ratio must lie in"),
+        ("--group_size 1", "group_size must lie in"),
+        ("--digits 0", "digits must lie in"),
+        ("--steps 0", "steps must be at least 1"),
+        ("--algorithm ppo", "invalid choice"),
+        ("--dataset x.parquet", "--dataset needs --model"),
+        ("--merge", "--merge needs --lora"),
+        ("--precision bf16", "lose most updates"),
+        ("--resume", "there is no"),
+        ("--model ./nowhere", "no such folder"),
+        ("--model nobody/nothing", "embedded world runs offline"),
+        ("--model {folder} --dataset ./none.parquet", "no such file"),
+        (
+            "--model {folder} --dataset {parquet} --image-column pics",
+            "no column pics; it has images, problem, answer",
+        ),
+        ("--model {folder} --dataset {parquet} --max-prompt-tokens 3", "0 usable rows"),
+        ("--seed -1", "seed must lie in"),
+        ("--model {folder} --dataset {parquet} --split test", "has no splits"),
+        ("--algorithm grpo --gamma 0.1", "it is --algorithm papo-g"),
+        ("--lora 4", "--lora needs --model"),
+        ("--out {parquet}", "is a file"),
+        ("--model {other}", "is a gpt2; supported are qwen2_vl"),
+        ("--model {empty}", "cannot be loaded"),
+        ("--model {cut}", "cannot be loaded"),
+        ("--model {lacking}", "lacks 1 weights"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_written(
+    flags, says, one_folder, parquet, tmp_path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(toy, "warm_start", lambda **_: pytest.fail("the warm start began"))
-    import pathlib, shutil, safetensors.torch
+    import pathlib
+    import shutil
+
+    import safetensors.torch
+
     for name in ("cut", "empty", "lacking"):
         shutil.copytree(one_folder, tmp_path / "models" / name)
     weights = tmp_path / "models" / "cut" / "model.safetensors"
@@ -265,12 +423,27 @@ def test_bad_input_is_one_line_and_nothing_is_written(flags, says, one_folder, p
     assert [p.name for p in pathlib.Path(tmp_path).iterdir()] == ["models"]
 
 
-def test_running_out_of_memory_names_the_phase_and_the_flags(one_folder, parquet, tmp_path, capsys, monkeypatch):
+def test_running_out_of_memory_names_the_phase_and_the_flags(
+    one_folder, parquet, tmp_path, capsys, monkeypatch
+):
     def exhausted(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
+
     monkeypatch.setattr(ts, "papo_step", exhausted)
     with pytest.raises(SystemExit):
-        ts.main(["--model", one_folder, "--dataset", parquet, "--steps", "1", "--out", str(tmp_path / "r"), *QUICK])
+        ts.main(
+            [
+                "--model",
+                one_folder,
+                "--dataset",
+                parquet,
+                "--steps",
+                "1",
+                "--out",
+                str(tmp_path / "r"),
+                *QUICK,
+            ]
+        )
     message = capsys.readouterr().err
     assert "phase update" in message and "--tokens_per_forward" in message and "max_new_tokens 6" in message
 
@@ -280,7 +453,9 @@ def test_running_out_of_memory_names_the_phase_and_the_flags(one_folder, parquet
 
 def test_a_short_run_improves_the_policy(warm_start):
     """20 steps with a large gamma on the warm start: held-out accuracy rises by more than its noise."""
-    config = papo.PAPOConfig(gamma=0.05, **{name: value for name, value in ts.TOY_SIZES.items() if hasattr(papo.PAPOConfig, name)})
+    config = papo.PAPOConfig(
+        gamma=0.05, **{name: value for name, value in ts.TOY_SIZES.items() if hasattr(papo.PAPOConfig, name)}
+    )
     run = ts.RunConfig(gradient_checkpointing=False, eval_size=60)
     model, processor, rows, held_out = ts.load(run)  # its own copy, from the cache
     trainer = ts.Trainer(model, processor, config, run, rows)
@@ -293,16 +468,33 @@ def test_a_short_run_improves_the_policy(warm_start):
 
 
 def test_text_from_a_model_is_escaped(tmp_path):
-    shown = {"row": {"problem": "<script>alert(1)</script>", "answer": "<b>"}, "image": dots(1), "masked": dots(2),
-             "responses": [{"tokens": [("<img src=x onerror=alert(1)>", 1.0)], "score": {"reward": 0.0}, "advantage": 0.0, "error": None}]}
-    ts.write_samples(tmp_path / "s.html", [shown], [shown])
+    shown = {
+        "row": {"problem": "<script>alert(1)</script>", "answer": "<b>"},
+        "image": dots(1),
+        "masked": dots(2),
+        "responses": [
+            {
+                "tokens": [("<img src=x onerror=alert(1)>", 1.0)],
+                "score": {"reward": 0.0},
+                "advantage": 0.0,
+                "error": None,
+            }
+        ],
+    }
+    report.write_samples(tmp_path / "s.html", [shown], [shown])
     page = (tmp_path / "s.html").read_text()
-    assert "<script>" not in page and "<img src=x" not in page and "&lt;script&gt;" in page and "http" not in page
+    assert (
+        "<script>" not in page
+        and "<img src=x" not in page
+        and "&lt;script&gt;" in page
+        and "http" not in page
+    )
 
 
 def test_the_study_runs_and_resumes(tmp_path):
     """reproduce.py --quick: two arms, two seeds; a second call repeats nothing."""
     import reproduce
+
     reproduce.main(["--quick", "--out", str(tmp_path), "--workers", "2"])
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
     assert len(made) == 4 and (tmp_path / "arms.csv").read_text().count("\n") == 1 + 2 * 3 * 9
@@ -314,6 +506,7 @@ def test_the_study_runs_and_resumes(tmp_path):
 def test_the_readme_is_about_this_code():
     """Every line it tells to change is in papo.py, every test it names exists, both commands are complete."""
     from pathlib import Path
+
     root = Path(__file__).parent.parent
     readme, code = (root / "README.md").read_text(), (root / "papo.py").read_text()
     table = readme.split("| to change |")[1].split("\n\n")[0].splitlines()[2:]

@@ -31,10 +31,20 @@ def test_it_runs_from_top_to_bottom(monkeypatch, warm_start):
     """As a student runs it, offline, in the repository's root, with the unsolved exercises in it."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     fresh = nbformat.read(FILE, as_version=4)
-    NotebookClient(fresh, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
-    unsolved = [text for cell in fresh.cells if cell.cell_type == "code" for text in texts(cell) if "not solved yet" in text]
+    NotebookClient(
+        fresh, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
+    unsolved = [
+        text
+        for cell in fresh.cells
+        if cell.cell_type == "code"
+        for text in texts(cell)
+        if "not solved yet" in text
+    ]
     assert len(unsolved) == len(EXERCISES)
-    pictures = lambda notebook: [i for i, cell in enumerate(notebook.cells) if "image/png" in str(cell.get("outputs"))]
+    pictures = lambda notebook: [
+        i for i, cell in enumerate(notebook.cells) if "image/png" in str(cell.get("outputs"))
+    ]
     assert pictures(fresh) == pictures(NOTEBOOK) and len(pictures(fresh)) >= 14
 
 
@@ -42,8 +52,12 @@ def test_outputs_are_committed():
     """Every cell has run, once and in order, without error or warning; no path of the author's machine; small enough to clone."""
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
     for cell in CODE:
-        assert all(output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs), cell.source
-        assert not re.search(r"(?<![\w.])/(?:tmp|home|root|work|usr|Users)/", "".join(texts(cell))), cell.source
+        assert all(
+            output.output_type != "error" and output.get("name") != "stderr" for output in cell.outputs
+        ), cell.source
+        assert not re.search(r"(?<![\w.])/(?:tmp|home|root|work|usr|Users)/", "".join(texts(cell))), (
+            cell.source
+        )
     assert FILE.stat().st_size < 1.5e6
 
 
@@ -54,36 +68,48 @@ def test_prose_stands_before_code():
 
 
 def test_the_glossary_shown_is_papos():
-    assert any(papo.__doc__.split("GLOSSARY")[1].split("\n\n")[0].strip() in text for cell in CODE for text in texts(cell))
+    assert any(
+        papo.__doc__.split("GLOSSARY")[1].split("\n\n")[0].strip() in text
+        for cell in CODE
+        for text in texts(cell)
+    )
 
 
 def test_nothing_is_copied():
     """It imports papo and toy: no cell defines a function of theirs again, nor repeats three lines of their code in a row."""
     ours = [line.strip() for module in (papo, toy) for line in inspect.getsource(module).splitlines()]
-    runs = {tuple(ours[i:i + 3]) for i in range(len(ours)) if min(map(len, ours[i:i + 3])) > 8}
-    taken = {name for module in (papo, toy) for name, value in vars(module).items() if inspect.isfunction(value) and value.__module__ == module.__name__}
+    runs = {tuple(ours[i : i + 3]) for i in range(len(ours)) if min(map(len, ours[i : i + 3])) > 8}
+    taken = {
+        name
+        for module in (papo, toy)
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__
+    }
     for cell in CODE:
         assert not taken & set(re.findall(r"def (\w+)", cell.source))
         lines = [line.strip() for line in cell.source.splitlines()]
-        assert not runs & {tuple(lines[i:i + 3]) for i in range(len(lines))}
+        assert not runs & {tuple(lines[i : i + 3]) for i in range(len(lines))}
 
 
 # --- the graders -------------------------------------------------------------------------------------------------------
 
+
 def of_grid(image, ratio, patch_size, generator):
-    return torch.rand(-(-image.height // patch_size), -(-image.width // patch_size), generator=generator) < ratio
+    return (
+        torch.rand(-(-image.height // patch_size), -(-image.width // patch_size), generator=generator) < ratio
+    )
 
 
 def black_out(image, cells, patch_size):
     pixels = np.array(image.convert("RGB"))
     for y, x in cells.nonzero().tolist():
-        pixels[y * patch_size:(y + 1) * patch_size, x * patch_size:(x + 1) * patch_size] = 0
+        pixels[y * patch_size : (y + 1) * patch_size, x * patch_size : (x + 1) * patch_size] = 0
     return Image.fromarray(pixels)
 
 
 def whole_cells_only(image, ratio=0.6, patch_size=14, generator=None):
     cells = of_grid(image, ratio, patch_size, generator)
-    cells[image.height // patch_size:], cells[:, image.width // patch_size:] = False, False
+    cells[image.height // patch_size :], cells[:, image.width // patch_size :] = False, False
     return black_out(image, cells, patch_size)
 
 
@@ -117,41 +143,63 @@ def log_ratio(a, b):
 WRONG = {  # three for each: the slip that a student is likely to make
     "advantages": {
         "no standard deviation": lambda R, eps=1e-6: advantages(R)[1],
-        "biased standard deviation": lambda R, eps=1e-6: advantages(R)[1] / (advantages(R)[0].std(-1, correction=0, keepdim=True) + eps),
-        "rounding noise in an equal group": lambda R, eps=1e-6: advantages(R)[1] / (advantages(R)[0].std(-1, keepdim=True) + eps)},
+        "biased standard deviation": lambda R, eps=1e-6: (
+            advantages(R)[1] / (advantages(R)[0].std(-1, correction=0, keepdim=True) + eps)
+        ),
+        "rounding noise in an equal group": lambda R, eps=1e-6: (
+            advantages(R)[1] / (advantages(R)[0].std(-1, keepdim=True) + eps)
+        ),
+    },
     "clip": {
         "the better of both instead of the worse": lambda *a: clipped(*a, worst=torch.minimum),
         "no dual clip": lambda *a: clipped(*a[:5], float("inf")),
-        "clip-low and clip-high exchanged": lambda l, o, A, low, high, c: clipped(l, o, A, high, low, c)},
+        "clip-low and clip-high exchanged": lambda l, o, A, low, high, c: clipped(l, o, A, high, low, c),
+    },
     "mask": {
         "keeps the share that should go": lambda i, ratio=0.6, patch_size=14, generator=None: black_out(
-            i, of_grid(i, 1 - ratio, patch_size, generator), patch_size),
+            i, of_grid(i, 1 - ratio, patch_size, generator), patch_size
+        ),
         "leaves cells cut by the edge": whole_cells_only,
-        "always the same number of cells": fixed_number},
+        "always the same number of cells": fixed_number,
+    },
     "k3": {
-        "the ratio upside down, as printed": lambda a, b: (log_ratio(b, a).expm1() - log_ratio(b, a)).clamp(max=10),
+        "the ratio upside down, as printed": lambda a, b: (log_ratio(b, a).expm1() - log_ratio(b, a)).clamp(
+            max=10
+        ),
         "k2": lambda a, b: (log_ratio(a, b) ** 2 / 2).clamp(max=10),
-        "no clamp of the value": lambda a, b: log_ratio(a, b).expm1() - log_ratio(a, b)},
+        "no clamp of the value": lambda a, b: log_ratio(a, b).expm1() - log_ratio(a, b),
+    },
     "noise": {
         "bytes that run over": lambda i, sigma=0.3, generator=None: noisy(i, sigma, generator, clamp=False),
-        "one noise for all channels": lambda i, sigma=0.3, generator=None: noisy(i, sigma, generator, shape=lambda x: (*x.shape[:2], 1)),
-        "not from the generator": lambda i, sigma=0.3, generator=None: noisy(i, sigma, None)},
+        "one noise for all channels": lambda i, sigma=0.3, generator=None: noisy(
+            i, sigma, generator, shape=lambda x: (*x.shape[:2], 1)
+        ),
+        "not from the generator": lambda i, sigma=0.3, generator=None: noisy(i, sigma, None),
+    },
     "exact KL": {
         "the other direction": lambda p, q: (q.exp().detach() * (q.detach() - p)).sum(-1),
         "the weights held constant": lambda p, q: (p.exp().detach() * (p - q.detach())).sum(-1),
-        "gradient through the masked policy": lambda p, q: (p.exp() * (p - q)).sum(-1)},
+        "gradient through the masked policy": lambda p, q: (p.exp() * (p - q)).sum(-1),
+    },
     "vision entropy": {
-        "the size of the gap, whatever its sign": lambda H, p, m, threshold=0.5: H.masked_fill(~((p - m).detach().abs() > threshold), 0.0),
+        "the size of the gap, whatever its sign": lambda H, p, m, threshold=0.5: H.masked_fill(
+            ~((p - m).detach().abs() > threshold), 0.0
+        ),
         "the others instead": lambda H, p, m, threshold=0.5: H.masked_fill((p - m).detach() > threshold, 0.0),
-        "multiplied by the gap, which is then differentiated": lambda H, p, m, threshold=0.5: (H * (p - m)).masked_fill(~((p - m) > threshold), 0.0)},
+        "multiplied by the gap, which is then differentiated": lambda H, p, m, threshold=0.5: (
+            H * (p - m)
+        ).masked_fill(~((p - m) > threshold), 0.0),
+    },
     "leave one out": {
         "the mean of all": lambda R: advantages(R)[1],
         "divided by the standard deviation": lambda R: papo.group_advantages(R),
-        "the sum of the others": lambda R: 2 * torch.as_tensor(R) - torch.as_tensor(R).sum(-1, keepdim=True)},
+        "the sum of the others": lambda R: 2 * torch.as_tensor(R) - torch.as_tensor(R).sum(-1, keepdim=True),
+    },
     "KL weights": {
         "negative weights": lambda p, m, H: (p - m).detach(),
         "weights that are differentiated": lambda p, m, H: (p - m).exp(),
-        "one weight per response": lambda p, m, H: torch.ones(len(p))},
+        "one weight per response": lambda p, m, H: torch.ones(len(p)),
+    },
 }
 
 
@@ -159,7 +207,11 @@ def solutions():
     """The code blocks of the notebook's folded last section: exercise name -> function."""
     last = NOTEBOOK.cells[-1].source
     assert "<details>" in last and "</details>" in last
-    graded = {name: function for cell in CODE for name, function in re.findall(r'check\("([^"]+)", (\w+)\)', cell.source)}
+    graded = {
+        name: function
+        for cell in CODE
+        for name, function in re.findall(r'check\("([^"]+)", (\w+)\)', cell.source)
+    }
     space = {"torch": torch, "np": np, "Image": Image}
     for block in re.findall(r"```python\n(.*?)```", last, re.DOTALL):
         exec(block, space)
@@ -191,7 +243,9 @@ def raises(*inputs, **settings):
     raise NotImplementedError
 
 
-@pytest.mark.parametrize("unsolved", [raises, lambda *inputs, **settings: None, lambda *inputs, **settings: ...])
+@pytest.mark.parametrize(
+    "unsolved", [raises, lambda *inputs, **settings: None, lambda *inputs, **settings: ...]
+)
 @pytest.mark.parametrize("name", EXERCISES)
 def test_an_unsolved_exercise_is_no_error(name, unsolved, capsys):
     assert check(name, unsolved) is None
