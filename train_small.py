@@ -8,15 +8,20 @@ The algorithm is papo.py. This file is the program around it, in the order in wh
 """
 
 import copy
+import importlib
 import io
+import itertools
 import json
 import math
-import resource
+import os
+import re
+import shlex
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
@@ -25,6 +30,7 @@ from typing import Literal
 import datasets
 import optimi
 import peft
+import psutil
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -112,12 +118,20 @@ class RunConfig:
     steps: int = option(
         None, "rollout batches to train on; default 40 in the embedded world, else two epochs as published"
     )
-    out: str = option(None, "folder of the run; default runs/ALGORITHM-gammaGAMMA-seedSEED")
+    out: str = option(
+        None,
+        "folder of the run, which must not hold one yet; default runs/ALGORITHM-gammaGAMMA-seedSEED, with a number "
+        "behind it where that is taken",
+    )
     digits: int = option(4, "embedded world: handwritten digits per image, 1 to 9; more is harder")
     eval_size: int = option(96, "held-out questions, each answered 8 times")
     eval_every: int = option(10, "steps between evaluations")
     save_every: int = option(10, "steps between checkpoints; the last step always writes one")
-    resume: bool = option(False, "go on from the checkpoint in --out, exactly where it stopped")
+    resume: bool = option(
+        False,
+        "go on with the run in --out exactly from its checkpoint; without --out, with the newest of the default name "
+        "and these settings",
+    )
     eval_only: bool = option(
         False, "answer every question 8 times, with the image and with it masked; do not train"
     )
@@ -146,8 +160,15 @@ class RunConfig:
     gradient_checkpointing: bool = option(
         True, "recompute activations in backward: less memory, about a third more time"
     )
-    lora: int = option(None, "train a LoRA adapter of this rank instead of all weights; typical 16 to 64")
-    merge: bool = option(False, "with --lora: write checkpoints with the adapter merged into the weights")
+    lora: int = option(
+        None,
+        "train a LoRA adapter of this rank instead of all weights; typical 16 to 64. The default learning rate is then "
+        "ten times as high (Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora)",
+    )
+    merge: bool = option(
+        False,
+        "with --lora: write checkpoints with the adapter merged into the weights, as fp32: bf16 rounds small updates away",
+    )
     precision: Literal["fp32", "bf16", "bf16-kahan"] = option(
         "fp32", "of the weights; bf16 needs --lora, bf16-kahan compensates the rounding of small updates"
     )
@@ -155,8 +176,14 @@ class RunConfig:
         False, "do not train the vision tower; its features are computed once per image"
     )
     gpu_memory: Literal[24, 48, 80] = option(None, "settings for a GPU of so many GiB, listed in the README")
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = option(
+        "none", "also send every line of metrics.jsonl to this tracker, which pip installs"
+    )
 
     def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, str) and not value.strip():
+                raise ValueError(f"--{name} is empty")
         for name in (
             "eval_size",
             "eval_every",
@@ -171,6 +198,12 @@ class RunConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
+        if self.eval_only and self.resume:
+            raise ValueError("--resume goes on training, --eval_only trains nothing: give one of them")
+        if self.precision != "fp32" and not self.model:
+            raise ValueError(
+                "--precision, and --gpu_memory which sets it, need --model: the embedded world's model is fp32"
+            )
         if self.lora and not self.model and not self.merge:
             raise ValueError(
                 "--lora needs --model, or --merge: an adapter alone cannot be loaded without a base model's name"
@@ -199,6 +232,11 @@ class Parser(HfArgumentParser):
         raise UserError(message)  # argparse would print the whole usage first
 
 
+def algorithm_of(preset: str) -> str:
+    """The algorithm whose recipe a preset is: the one that its name begins with."""
+    return next(name for name in ALGORITHMS if preset.startswith(name))
+
+
 def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
     """Flags beat --gpu-memory, which beats the preset or algorithm, the embedded world's sizes and the dataclass defaults."""
     parser = Parser([PAPOConfig, RunConfig], description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -208,10 +246,18 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
         recipe["masked_grad"] = None  # follows eta2, which a flag may change
         if not first.preset:
             recipe = {name: recipe[name] for name in ALGORITHM_FIELDS} | ({} if first.model else TOY_SIZES)
-        parser.set_defaults(**recipe | GPU_SIZES.get(first.gpu_memory, {}))
+        else:
+            recipe["algorithm"] = algorithm_of(first.preset)
+        recipe |= GPU_SIZES.get(first.gpu_memory, {})
+        if first.lora or "lora" in recipe:
+            full = recipe.get("learning_rate", PAPOConfig.learning_rate)
+            recipe["learning_rate"] = round(10 * full, 12)  # 1e-05, not 9.99e-06
+        parser.set_defaults(**recipe)
         config, run = parser.parse_args_into_dataclasses(argv)
     except ValueError as error:
         raise UserError(error) from None
+    if run.preset and run.algorithm != algorithm_of(run.preset):
+        raise UserError(f"--preset {run.preset} is not --algorithm {run.algorithm}: leave one of them out")
     if run.preset:
         published = PAPOConfig.preset(run.preset)
         changed = [
@@ -227,10 +273,11 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
         raise UserError(
             f"{run.algorithm} has gamma = eta1 = eta2 = 0; with them it is --algorithm papo-{'gd'[run.algorithm == 'dapo']}"
         )
-    run.out = run.out or f"runs/{run.preset or run.algorithm}-gamma{config.gamma:g}-seed{run.seed}"
-    if Path(run.out).exists() and not Path(run.out).is_dir():
-        raise UserError(f"--out {run.out} is a file")
     return config, run
+
+
+def default_out(config, run) -> str:
+    return f"runs/{run.preset or run.algorithm}-gamma{config.gamma:g}-seed{run.seed}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,16 +429,29 @@ def load_model(run):
     try:
         adapter = (path / "adapter_config.json").exists()
         base = peft.PeftConfig.from_pretrained(run.model).base_model_name_or_path if adapter else run.model
+        if adapter and run.lora and not run.merge:
+            raise UserError(
+                f"--model {run.model} is a LoRA adapter, and a second one on top of it cannot be loaded without it: "
+                "add --merge, which writes whole models"
+            )
         kind = AutoConfig.from_pretrained(base).model_type
         if kind not in SUPPORTED:
             raise UserError(f"--model {run.model} is a {kind}; supported are {', '.join(SUPPORTED)}")
         processor = AutoProcessor.from_pretrained(run.model)
         dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
+        merge = adapter and not run.eval_only  # an adapter is evaluated as it was trained, beside its base
         model, report = AutoModelForImageTextToText.from_pretrained(
-            base, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+            base,
+            dtype=torch.float32 if merge else dtype,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
         if adapter:
-            model = peft.PeftModel.from_pretrained(model, run.model).merge_and_unload()
+            model = peft.PeftModel.from_pretrained(model, run.model)
+            model = model.merge_and_unload() if merge else model.base_model.model
+        for weight in model.parameters() if merge else ():  # buffers, such as rotary frequencies, stay fp32
+            weight.data = weight.data.to(dtype)
+            weight.requires_grad = True  # peft had frozen the base
     except UserError:
         raise
     except Exception as error:  # a missing file, a cut-off one, no network: the message says which
@@ -400,6 +460,10 @@ def load_model(run):
         ) from None
     if missing := report["missing_keys"]:
         raise UserError(f"--model {run.model} lacks {len(missing)} weights, such as {min(missing)}")
+    if broken := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise UserError(
+            f"--model {run.model} has NaN or infinite weights in {len(broken)} tensors, such as {broken[0]}"
+        )
     if run.dataset:
         processor.image_processor.size = {"shortest_edge": run.min_pixels, "longest_edge": run.max_pixels}
     return model, processor
@@ -501,8 +565,13 @@ def explain_out_of_memory(trainer):
 
 
 def peak_rss():
-    """The process's largest memory so far, in GiB (macOS counts bytes, Linux KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    """The process's largest memory so far, in GiB."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # Windows has none
+
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 class Trainer:
@@ -561,7 +630,9 @@ class Trainer:
         self.memory[name] = max(self.memory.get(name, 0.0), peak)
 
     def step(self) -> dict:
-        """Roll out one batch and train on it. Returns the metrics of papo_step, averaged over the updates, and the rollout's."""
+        """Roll out one batch and train on it. Returns the metrics of papo_step, averaged over the updates, and the rollout's.
+
+        What was not measured, or is not a finite number, is left out."""
         config = self.config
         with self.phase("sample"):
             groups, redraws = roll_out(self.model, self.processor, config, self.rows, self.generator)
@@ -576,32 +647,58 @@ class Trainer:
                 ]
         self.steps_done += 1
         scores = [score for group in groups for score in group.scores]
-        lengths = [len(o) for group in groups for o in group.responses]
-        return {
+        responses = [o for group in groups for o in group.responses]  # LongTensors (<= T,)
+        end, longest = self.processor.tokenizer.eos_token_id, config.max_new_tokens
+        metrics = {
             "step": self.steps_done,
             **{name: mean(s[name] for s in scores) for name in ("reward", "accuracy", "format") if scores},
-            **{name: mean(u[name] for u in updates) for name in (updates[0] if updates else ())},
+            **{
+                name: mean(u[name] for u in updates if name in u)
+                for name in dict.fromkeys(itertools.chain(*updates))
+            },
             "groups": len(groups),
             "mixed": sum(group.mixed for group in groups),
             "redraws": redraws,
-            "response_tokens": mean(lengths) if lengths else 0.0,
+            "response_tokens": mean(map(len, responses)) if groups else 0.0,
+            "cut_fraction": mean(len(o) == longest and o[-1].item() != end for o in responses)
+            if groups
+            else math.nan,
         }
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
-    def save(self, folder, card):
-        """Weights, processor, model card and trainer state, written beside and then swapped in: the last one stays whole."""
+    def save(self, folder, card, record):
+        """Weights, processor, model card, trainer state and the run's record of settings and metrics, in one folder.
+
+        It is written beside as `.new` and swapped in. Killed before the first rename, `folder` is the last checkpoint,
+        untouched; between the two, finish_save does the second."""
         fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        if self.run.merge:
-            copy.deepcopy(self.adapter).merge_and_unload().save_pretrained(fresh)
-        elif self.adapter:
-            self.adapter.save_pretrained(
-                fresh
-            )  # without a config.json from_pretrained looks up the base model it names
+        try:
+            self.write(fresh, card, record)
+            for path in fresh.iterdir():  # on the disk before the last checkpoint goes, should the power fail
+                with open(path, "rb+") as file:
+                    os.fsync(file.fileno())
+        except Exception as error:  # each library has its own for a full disk
+            raise UserError(
+                f"checkpoint {fresh} cannot be written: {type(error).__name__}: {error}; the last one is whole"
+            ) from error
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def write(self, folder, card, record):
+        """The files of a checkpoint."""
+        if self.run.merge:  # in fp32: what is added to a bf16 weight is mostly rounded away
+            copy.deepcopy(self.adapter).to("cpu").float().merge_and_unload().save_pretrained(folder)
+        elif self.adapter:  # without a config.json from_pretrained looks up the base model it names
+            self.adapter.save_pretrained(folder)
         else:
-            self.model.save_pretrained(fresh)
-        self.processor.save_pretrained(fresh)
-        (fresh / "README.md").write_text(card)
+            self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "run.json").write_text(json.dumps(record, allow_nan=False))
         adapter = (
             peft.get_peft_model_state_dict(self.adapter) if self.adapter else None
         )  # small, and not rounded by a merge
@@ -613,12 +710,8 @@ class Trainer:
                 "adapter": adapter,
                 "optimizer": self.optimizer.state_dict(),
             },
-            fresh / "trainer_state.pt",
+            folder / "trainer_state.pt",
         )
-        if folder.exists():
-            folder.rename(old)
-        fresh.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
 
     def load(self, folder):
         """Go on from a checkpoint of the same run, bit for bit."""
@@ -641,67 +734,204 @@ class Trainer:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def make_folder(out):
-    """Create the run's folder, only once everything else has been read."""
+# Settings that a resumed run may change: its length, how often it looks and saves, where it reports.
+FREE = ("steps", "eval_every", "save_every", "resume", "out", "patch_size", "report_to")
+# What a folder holds that another run or another evaluation must not write over.
+RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.new", "checkpoint.old")
+
+
+class Stopped(Exception):
+    """SIGINT or SIGTERM, whose number it carries, ended the run after a step; everything is saved."""
+
+
+def settings_of(config, run):
+    """All settings as strict JSON can hold them: an infinite one as a string."""
+    both = {**asdict(config), **asdict(run)}
+    return {name: str(value) if value in (math.inf, -math.inf) else value for name, value in both.items()}
+
+
+def write_whole(path, text):
+    """Write a file so that, killed at any moment, it is either the old one or the new one."""
+    draft = path.with_name(f"{path.name}.part")
+    draft.write_text(text)
+    os.replace(draft, path)
+
+
+def as_lines(history):
+    """metrics.jsonl: one line of strict JSON for each step."""
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in history)
+
+
+@contextmanager
+def claimed_folder(config, run, holds):
+    """Set run.out to a folder that holds none of the files `holds`, and take it by creating the first of them, which only one
+    process can. If what runs inside fails, all that was made is removed."""
+    base = Path(run.out or default_out(config, run))
+    for number in itertools.count(1):
+        out = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        made = [folder for folder in (out, *out.parents) if not folder.exists()]
+        try:
+            if out.is_file() and run.out:
+                raise UserError(f"--out {out} is a file")
+            if any((out / name).exists() for name in holds):
+                raise FileExistsError
+            out.mkdir(parents=True, exist_ok=True)
+            (out / holds[0]).open("x").close()
+            break
+        except FileExistsError:
+            if run.out:
+                hint = "" if run.eval_only else ", or go on with it by --resume"
+                raise UserError(
+                    f"--out {out} holds {holds[0]} of another run: name another folder{hint}"
+                ) from None
+        except OSError as error:
+            raise UserError(f"--out {out}: {error.strerror}") from None
+    run.out = str(out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}") from None
-    return out
+        yield out
+    except BaseException:
+        (out / holds[0]).unlink()
+        with suppress(OSError):  # somebody else's file is in it
+            for folder in made:
+                folder.rmdir()
+        raise
 
 
-def check_resume(config, run):
-    """A run may go on only as what it was: but for its length and how often it evaluates and saves."""
-    out = Path(run.out)
-    for needed in ("checkpoint", "config.json", "metrics.jsonl"):
-        if not (out / needed).exists():
-            raise UserError(f"--resume: there is no {out / needed}")
-    free = ("steps", "eval_every", "save_every", "resume", "out", "patch_size")
-    before, now = json.loads((out / "config.json").read_text()), {**asdict(config), **asdict(run)}
-    if changed := [
-        f"{name} {before.get(name)} -> {value}"
-        for name, value in now.items()
-        if name not in free and before.get(name) != value
-    ]:
-        raise UserError(f"--resume: {out} was started with other settings: {', '.join(changed)}")
+def finish_save(folder):
+    """A save killed between its two renames has left a whole checkpoint as `.new`, and the one before it as `.old`."""
+    fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
+    if not folder.exists() and old.exists():
+        (fresh if fresh.exists() else old).rename(folder)
+
+
+def read_record(out):
+    """{settings, history} of the run in a folder: those its checkpoint was made with. settings is None where a run was killed
+    so early that nobody knows."""
+    finish_save(out / "checkpoint")
+    if (out / "checkpoint" / "run.json").exists():
+        return json.loads((out / "checkpoint" / "run.json").read_text())
+    record = {"settings": None, "history": []}
+    with suppress(OSError, ValueError):
+        record["settings"] = json.loads((out / "config.json").read_text())
+        if (out / "checkpoint").exists():  # it has no run.json: its metrics are only here
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            record["history"] = [json.loads(line) for line in lines if line.endswith("}")]
+    return record
+
+
+def find_run(config, run):
+    """--resume: settle run.out and return the record of the run there. A run may go on only as what it was, but for FREE."""
+    base = Path(run.out or default_out(config, run))
+    named = re.compile(re.escape(base.name) + r"(-\d+)?")
+    found = [base] if run.out else [path for path in base.parent.glob("*") if named.fullmatch(path.name)]
+    found = [out for out in found if any((out / name).exists() for name in RUN_FILES)]
+    if not found:
+        raise UserError(f"--resume: there is no run in {base}")
+    reasons = []
+    now, defaults = settings_of(config, run), settings_of(PAPOConfig(), RunConfig())
+    for out in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        record = read_record(out)
+        before = defaults | (record["settings"] or now)  # what was no setting yet counts as its default
+        changed = [f"{n} {before[n]} -> {now[n]}" for n in now if n not in FREE and before[n] != now[n]]
+        if not changed and (record["settings"] or run.out):
+            run.out = str(out)
+            return record
+        reasons.append(f"{out} was started with other settings: {', '.join(changed) or 'unknown ones'}")
+    raise UserError(f"--resume: {'; '.join(reasons)}")
+
+
+def open_tracker(run, settings, first_step):
+    """A function that hands one line of metrics to --report_to, whose library is imported only when it is asked for."""
+    if run.report_to == "none":
+        return lambda line: None
+    try:
+        if run.report_to == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+        else:
+            library = importlib.import_module(run.report_to)
+    except ImportError:
+        raise UserError(f"--report_to {run.report_to}: pip install {run.report_to}") from None
+    if run.report_to == "tensorboard":
+        writer = SummaryWriter(run.out, purge_step=first_step)  # hides what was logged after the checkpoint
+
+        def log(line):
+            for name, value in line.items():
+                writer.add_scalar(name, value, line["step"])
+            writer.flush()
+
+        return log
+    library.init(project="papo", name=Path(run.out).name, config=settings)
+    return lambda line: library.log(line, step=line["step"])
+
+
+@contextmanager
+def note_signals():
+    """A list that the first SIGINT or SIGTERM is put into; a second one acts at once, as if this were not here."""
+    caught = []
+
+    def note(number, frame):
+        caught.append(number)
+        restore()
+        os.write(2, b"\nstopping after this step, its evaluation and a save; once more stops at once\n")
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        restore()
+
+
+def evaluation_in(line):
+    """The evaluation that a line of metrics.jsonl holds, {} if none was due."""
+    return {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
 
 
 def train(config, run):
     """The whole run: load, evaluate, train with evaluations in between, write everything to run.out."""
+    record = find_run(config, run) if run.resume else {"history": []}
+    with nullcontext() if run.resume else claimed_folder(config, run, RUN_FILES):
+        log = open_tracker(run, settings_of(config, run), len(record["history"]))
+        model, processor, rows, held_out = load(run)
     out = Path(run.out)
-    if run.resume:
-        check_resume(config, run)
-    model, processor, rows, held_out = load(run)
     config = replace(config, patch_size=processor.image_processor.patch_size)
     run.steps = run.steps or math.ceil(2 * len(rows) / config.prompts_per_batch)  # published: two epochs
-    make_folder(out)
     trainer = Trainer(model, processor, config, run, rows)
     examples = [held_out[i] for i in range(min(3, len(held_out)))]
     with trainer.phase("evaluate"):
         before_looks = look_closely(model, processor, config, examples)
-    history = []
-    if run.resume:
-        trainer.load(out / "checkpoint")
-        lines = (
-            (out / "metrics.jsonl").read_text().splitlines()[: trainer.steps_done + 1]
-        )  # step 0 and one for each step
-        history = [json.loads(line) for line in lines]
 
     def evaluation():
         with trainer.phase("evaluate"):
             seen, masked = (
                 summarise(evaluate(model, processor, config, held_out, masked=m)) for m in (False, True)
             )
-            return {**seen, "accuracy_masked": masked["accuracy"]}
+            return {f"eval_{k}": v for k, v in {**seen, "accuracy_masked": masked["accuracy"]}.items()}
 
-    evaluations = [
-        {name.removeprefix("eval_"): value for name, value in line.items() if name.startswith("eval_")}
-        for line in history
-        if "eval_accuracy" in line
-    ] or [evaluation()]
-    (out / "config.json").write_text(json.dumps({**asdict(config), **asdict(run)}, indent=2) + "\n")
-    history = history or [{"step": 0, **{f"eval_{name}": value for name, value in evaluations[0].items()}}]
-    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in history))
+    if (out / "checkpoint").exists():
+        trainer.load(out / "checkpoint")
+        history = record["history"][: trainer.steps_done + 1]  # step 0 and one for each step
+        if [line["step"] for line in history] != list(range(trainer.steps_done + 1)):
+            raise UserError(f"--resume: {out}/metrics.jsonl lacks lines of steps before the checkpoint")
+    else:
+        history = [{"step": 0, **evaluation()}]
+        log(history[0])
+    write_whole(out / "config.json", json.dumps(settings_of(config, run), indent=2, allow_nan=False) + "\n")
+    write_whole(out / "metrics.jsonl", as_lines(history))
+    with note_signals() as caught:
+        train_steps(trainer, evaluation, history, log, caught)
+    if trainer.steps_done < run.steps:
+        raise Stopped(caught[0])
+    leave_behind(trainer, history, before_looks, look_closely(model, processor, config, examples))
+
+
+def train_steps(trainer, evaluation, history, log, caught):
+    """Step, evaluate, log and save until run.steps, or until the end of the step in which a signal is caught: only there is
+    the state one that an undisturbed run passes through, too."""
+    config, run, out = trainer.config, trainer.run, Path(trainer.run.out)
     bar = tqdm(
         range(trainer.steps_done + 1, run.steps + 1),
         desc=run.algorithm,
@@ -713,27 +943,38 @@ def train(config, run):
         metrics = trainer.step()
         last = step == run.steps
         if step % run.eval_every == 0 or last:
-            evaluations.append(evaluation())
-            metrics |= {f"eval_{name}": value for name, value in evaluations[-1].items()}
+            metrics |= evaluation()
         history.append(metrics)
-        with open(out / "metrics.jsonl", "a") as log:
-            print(json.dumps(metrics), file=log)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(as_lines([metrics]))
+        log(metrics)
+        latest = next(line for line in reversed(history) if "eval_accuracy" in line)
         bar.set_postfix(
             reward=f"{metrics.get('reward', 0):.2f}",
             accuracy=f"{metrics.get('accuracy', 0):.2f}",
-            kl_prcp=f"{metrics.get('kl_prcp', 0):.3f}",
-            held_out=f"{evaluations[-1]['accuracy']:.2f}",
+            **{"kl_prcp": f"{metrics['kl_prcp']:.3f}"} if "kl_prcp" in metrics else {},
+            held_out=f"{latest['eval_accuracy']:.2f}",
         )
         if metrics["groups"] < config.prompts_per_batch:
             tqdm.write(
                 f"step {step}: trained on {metrics['groups']} mixed groups, all there were after "
                 f"{metrics['redraws']} redraws"
             )
-        if step % run.save_every == 0 or last:
-            trainer.save(out / "checkpoint", model_card(config, run, step, evaluations[0], evaluations[-1]))
-    write_samples(out / "samples.html", before_looks, look_closely(model, processor, config, examples))
+        stopping = bool(caught)  # once: a signal from here on is for the next step
+        if step % run.save_every == 0 or last or stopping:
+            card = model_card(config, run, step, evaluation_in(history[0]), evaluation_in(latest))
+            trainer.save(out / "checkpoint", card, {"settings": settings_of(config, run), "history": history})
+        if stopping:
+            break
+
+
+def leave_behind(trainer, history, before_looks, after_looks):
+    """The pictures and tables of a finished run."""
+    out = Path(trainer.run.out)
+    write_samples(out / "samples.html", before_looks, after_looks)
     plot_curves(out / "curves.png", history)
-    print_table("held-out questions, % of responses", {"before": evaluations[0], "after": evaluations[-1]})
+    last = [evaluation_in(line) for line in history if "eval_accuracy" in line][-1]
+    print_table("held-out questions, % of responses", {"before": evaluation_in(history[0]), "after": last})
     total = sum(trainer.seconds.values())
     print(
         "\n"
@@ -752,46 +993,53 @@ def train(config, run):
 
 def evaluate_only(config, run):
     """avg@8 and pass@8 with the image and with it masked, question by question in run.out/eval.jsonl."""
-    model, processor, _, rows = load(run)
-    config = replace(config, patch_size=processor.image_processor.patch_size)
-    seen, masked = (
-        evaluate(model, processor, config, rows),
-        evaluate(model, processor, config, rows, masked=True),
-    )
-    out = make_folder(Path(run.out))
-    with open(out / "eval.jsonl", "w") as file:
-        for group, blind in zip(seen, masked):
-            print(
-                json.dumps(
-                    {
-                        "problem": group.row["problem"],
-                        "answer": group.row["answer"],
-                        "accuracy": mean(s["accuracy"] for s in group.scores),
-                        "responses": group.texts,
-                        "accuracy_masked": mean(s["accuracy"] for s in blind.scores),
-                        "responses_masked": blind.texts,
-                    }
-                ),
-                file=file,
-            )
+    with claimed_folder(config, run, ("eval.jsonl",)) as out:
+        model, processor, _, rows = load(run)
+        config = replace(config, patch_size=processor.image_processor.patch_size)
+        seen, masked = (evaluate(model, processor, config, rows, masked=m) for m in (False, True))
+    lines = [
+        {
+            "problem": group.row["problem"],
+            "answer": group.row["answer"],
+            "accuracy": mean(s["accuracy"] for s in group.scores),
+            "responses": group.texts,
+            "accuracy_masked": mean(s["accuracy"] for s in blind.scores),
+            "responses_masked": blind.texts,
+        }
+        for group, blind in zip(seen, masked)
+    ]
+    write_whole(out / "eval.jsonl", as_lines(lines))
     columns = {"image": summarise(seen), "masked": summarise(masked)}
     columns["gap"] = {name: columns["image"][name] - columns["masked"][name] for name in columns["image"]}
     print_table(f"{len(rows)} questions, % of responses", columns)
     print(f"\nwritten to {out}/eval.jsonl")
 
 
+def going_on(argv, run):
+    """The command that goes on with a run that was stopped."""
+    words = [word for word in argv if word != "--resume"]
+    named = any(word.split("=")[0] == "--out" for word in words)
+    return shlex.join(
+        ["python", "train_small.py", *words, *([] if named else ["--out", run.out]), "--resume"]
+    )
+
+
 def main(argv=None):
-    """The command: train, or evaluate only. Exit code 2 and one line for what the user can mend."""
+    """The command: train, or evaluate only. Exit code 2 and one line for what the user can mend, 128 + its number for a signal."""
+    argv, run = sys.argv[1:] if argv is None else argv, None
     try:
         config, run = parse_args(argv)
         (evaluate_only if run.eval_only else train)(config, run)
     except UserError as error:
         print(f"train_small.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except Stopped as stop:
+        print(f"\nstopped and saved; this goes on:\n    {going_on(argv, run)}", file=sys.stderr)
+        sys.exit(128 + stop.args[0])
     except KeyboardInterrupt:
-        print(
-            "\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr
-        )
+        begun = run and not run.eval_only and run.out and (Path(run.out) / "config.json").exists()
+        command = f"; this goes on from the last checkpoint:\n    {going_on(argv, run)}" if begun else ""
+        print(f"\ninterrupted{command}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -236,6 +236,106 @@ def test_lora_reference_is_the_model_without_its_adapter(one_folder, parquet, tm
         assert torch.allclose(score(merged), adapted, atol=1e-4)
 
 
+def lora_run(folder, parquet, out, *flags):
+    """Two steps of a LoRA run; its checkpoint."""
+    ts.main(["--model", folder, "--dataset", parquet, "--steps", "2", "--out", str(out), *QUICK, *flags])
+    return str(out / "checkpoint")
+
+
+def test_an_adapter_on_an_adapter_is_refused_or_merged(one_folder, parquet, tmp_path, trainers, capsys):
+    """Alone it would lack the first one; with --merge what is written is the model that was trained."""
+    first = lora_run(one_folder, parquet, tmp_path / "a", "--lora", "4")
+    with pytest.raises(SystemExit):
+        lora_run(first, parquet, tmp_path / "b", "--lora", "4")
+    assert "add --merge" in capsys.readouterr().err.strip().splitlines()[-1] and not (tmp_path / "b").exists()
+    second = lora_run(first, parquet, tmp_path / "c", "--lora", "4", "--merge")
+    trained, processor = trainers[-1].model.eval(), trainers[-1].processor
+    prompt = papo.encode_prompt(processor, "How many dots?", dots(2))
+    score = lambda model: papo.group_logps(model, prompt, [torch.tensor([60, 61, 62])])[0]
+    with torch.no_grad():
+        written = score(AutoModelForImageTextToText.from_pretrained(second))
+        only_first = score(ts.load_model(ts.RunConfig(model=first))[0])
+        assert torch.allclose(written, score(trained), atol=1e-4)
+        assert not torch.allclose(written, only_first, atol=1e-4)
+
+
+def test_all_weights_are_trained_on_from_an_adapter(one_folder, parquet, tmp_path, trainers):
+    """peft leaves the base frozen when it merges; the merged weights are what the run starts from."""
+    first = lora_run(one_folder, parquet, tmp_path / "a", "--lora", "4")
+    start, _ = ts.load_model(ts.RunConfig(model=first))
+    second = lora_run(first, parquet, tmp_path / "b")
+    assert all(p.requires_grad for p in trainers[-1].model.parameters())
+    assert not same(AutoModelForImageTextToText.from_pretrained(second), start)
+
+
+def test_merging_keeps_what_was_trained_on_bf16_weights(one_folder, parquet, tmp_path, trainers):
+    """Small updates, as lr 1e-6 makes them: the merged checkpoint differs from its base by all of them, bf16 keeps a part."""
+    flags = "--lora 4 --merge --precision bf16 --learning_rate 1e-5".split()
+    merged = AutoModelForImageTextToText.from_pretrained(
+        lora_run(one_folder, parquet, tmp_path / "a", *flags)
+    )
+    weights, kept, rounded = dict(merged.named_parameters()), [], []
+    for name, module in trainers[0].model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            base = module.base_layer.weight.detach()  # bf16
+            delta = module.get_delta_weight("default").detach().float()
+            kept.append((weights[f"{name}.weight"] - base.float() - delta).norm() / delta.norm())
+            rounded.append(((base + delta).bfloat16().float() - base.float() - delta).norm() / delta.norm())
+    assert len(kept) == 14 and merged.dtype == torch.float32
+    assert max(kept) < 0.01 and min(rounded) > 0.5
+
+
+def test_an_adapter_is_evaluated_as_it_was_trained(one_folder, parquet, tmp_path, trainers):
+    """Beside its bf16 base, not merged into it: the same scores to the bit."""
+    flags = "--lora 4 --precision bf16 --learning_rate 1e-4".split()
+    adapter = lora_run(one_folder, parquet, tmp_path / "a", *flags)
+    loaded, processor = ts.load_model(ts.RunConfig(model=adapter, precision="bf16", eval_only=True))
+    trained, prompt = trainers[0].model.eval(), papo.encode_prompt(processor, "How many dots?", dots(2))
+    score = lambda model: papo.group_logps(model, prompt, [torch.tensor([60, 61, 62])])[0]
+    with torch.no_grad():
+        assert torch.equal(score(loaded), score(trained))
+    ts.main(
+        [
+            "--eval-only",
+            "--model",
+            adapter,
+            "--dataset",
+            parquet,
+            "--max_samples",
+            "2",
+            "--out",
+            str(tmp_path / "e"),
+            *QUICK,
+        ]
+    )
+
+
+def test_lora_has_a_learning_rate_of_its_own(capsys):
+    """Ten times full fine-tuning's, unless one is given."""
+    rate = lambda *flags: ts.parse_args(list(flags))[0].learning_rate
+    assert rate("--model", "x") == 1e-6 and rate("--model", "x", "--lora", "8") == 1e-5
+    assert rate("--lora", "8", "--merge") == 1e-3 == 10 * ts.TOY_SIZES["learning_rate"]
+    assert (
+        rate("--model", "x", "--gpu-memory", "24") == 1e-5
+        and rate("--model", "x", "--gpu-memory", "48") == 1e-6
+    )
+    assert rate("--model", "x", "--lora", "8", "--learning_rate", "3e-6") == 3e-6
+    assert rate("--model", "x", "--lora", "8", "--preset", "papo-g-3b") == 1e-5
+    assert "learning_rate 1e-06 -> 1e-05" in capsys.readouterr().out
+
+
+def test_a_preset_is_of_an_algorithm():
+    """Every preset names the one whose recipe it is: the run, its table and its card say so."""
+    for preset, algorithm in [
+        ("papo-d-7b", "papo-d"),
+        ("papo-g-no-ref", "papo-g"),
+        ("grpo", "grpo"),
+        ("dapo", "dapo"),
+    ]:
+        assert ts.parse_args(["--preset", preset])[1].algorithm == algorithm
+        assert ts.parse_args(["--preset", preset, "--algorithm", algorithm])[1].algorithm == algorithm
+
+
 def test_the_same_seed_gives_the_same_metrics(one_folder, parquet, tmp_path):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         ts.main(
@@ -348,7 +448,7 @@ def test_a_preset_sets_the_published_values_and_reports_deviations(capsys):
         and config.aggregation == "token"
         and config.group_size == ts.TOY_SIZES["group_size"]
     )
-    assert run.out == "runs/papo-d-gamma0.1-seed0" and not run.gradient_checkpointing
+    assert ts.default_out(config, run) == "runs/papo-d-gamma0.1-seed0" and not run.gradient_checkpointing
     config, run = ts.parse_args(["--model", "x", "--gpu-memory", "24", "--lora", "8"])
     assert (run.lora, run.precision, config.group_size) == (8, "bf16", 5) and run.gradient_checkpointing
 
@@ -373,7 +473,19 @@ def test_every_flag_has_a_help_text():
         ("--algorithm ppo", "invalid choice"),
         ("--dataset x.parquet", "--dataset needs --model"),
         ("--merge", "--merge needs --lora"),
-        ("--precision bf16", "lose most updates"),
+        ("--model {folder} --precision bf16", "lose most updates"),
+        ("--precision bf16-kahan", "need --model: the embedded world"),
+        ("--gpu-memory 80", "--gpu_memory which sets it, need --model"),
+        ("--preset papo-d-3b --algorithm grpo", "--preset papo-d-3b is not --algorithm grpo"),
+        ("--preset papo-d-3b --algorithm papo-g", "--preset papo-d-3b is not --algorithm papo-g"),
+        ("--resume --eval_only", "give one of them"),
+        ("--report_to excel", "invalid choice"),
+        ("--model {nan}", "has NaN or infinite weights in 1 tensors"),
+        ("--out {parquet}/run", "Not a directory"),
+        *(
+            (f"--{name}=", f"--{name} is empty")
+            for name in "preset out model dataset split image_column".split()
+        ),
         ("--resume", "there is no"),
         ("--model ./nowhere", "no such folder"),
         ("--model nobody/nothing", "embedded world runs offline"),
@@ -404,7 +516,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
 
     import safetensors.torch
 
-    for name in ("cut", "empty", "lacking"):
+    for name in ("cut", "empty", "lacking", "nan"):
         shutil.copytree(one_folder, tmp_path / "models" / name)
     weights = tmp_path / "models" / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -413,9 +525,13 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     tensors = safetensors.torch.load_file(weights)
     tensors.pop(max(tensors))
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    weights = tmp_path / "models" / "nan" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    tensors[max(tensors)].view(-1)[-1] = float("nan")
+    safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
     (tmp_path / "models" / "other").mkdir()
     (tmp_path / "models" / "other" / "config.json").write_text('{"model_type": "gpt2"}')
-    names = {name: str(tmp_path / "models" / name) for name in ("cut", "empty", "lacking", "other")}
+    names = {name: str(tmp_path / "models" / name) for name in ("cut", "empty", "lacking", "nan", "other")}
     with pytest.raises(SystemExit) as stop:
         ts.main(flags.format(folder=one_folder, parquet=parquet, **names).split())
     message = capsys.readouterr().err.strip().splitlines()[-1]
