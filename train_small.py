@@ -670,14 +670,16 @@ class Trainer:
         """Weights, processor, model card, trainer state and the run's record of settings and metrics, in one folder.
 
         It is written beside as `.new` and swapped in. Killed before the first rename, `folder` is the last checkpoint,
-        untouched; between the two, finish_save does the second."""
+        untouched; between the two, whole_checkpoint finds the new one."""
         fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
         for leftover in (fresh, old):
             shutil.rmtree(leftover, ignore_errors=True)
         try:
             self.write(fresh, card, record)
-            for path in fresh.iterdir():  # on the disk before the last checkpoint goes, should the power fail
-                with open(path, "rb+") as file:
+            for path in filter(Path.is_file, fresh.rglob("*")):
+                with open(
+                    path, "rb+"
+                ) as file:  # on the disk before the last checkpoint goes, should the power fail
                     os.fsync(file.fileno())
         except Exception as error:  # each library has its own for a full disk
             raise UserError(
@@ -790,30 +792,32 @@ def claimed_folder(config, run, holds):
     try:
         yield out
     except BaseException:
-        (out / holds[0]).unlink()
+        (out / holds[0]).unlink(missing_ok=True)
         with suppress(OSError):  # somebody else's file is in it
             for folder in made:
                 folder.rmdir()
         raise
 
 
-def finish_save(folder):
-    """A save killed between its two renames has left a whole checkpoint as `.new`, and the one before it as `.old`."""
-    fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
-    if not folder.exists() and old.exists():
-        (fresh if fresh.exists() else old).rename(folder)
+def whole_checkpoint(out):
+    """The newest whole checkpoint: a save killed between its two renames has left it as `.new`, the one before it as `.old`."""
+    folder, fresh, old = (out / f"checkpoint{suffix}" for suffix in ("", ".new", ".old"))
+    return folder if folder.exists() or not old.exists() else fresh if fresh.exists() else old
 
 
 def read_record(out):
     """{settings, history} of the run in a folder: those its checkpoint was made with. settings is None where a run was killed
     so early that nobody knows."""
-    finish_save(out / "checkpoint")
-    if (out / "checkpoint" / "run.json").exists():
-        return json.loads((out / "checkpoint" / "run.json").read_text())
+    path = whole_checkpoint(out) / "run.json"
+    if path.exists():
+        try:
+            return json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"--resume: {path} cannot be read: {error}") from None
     record = {"settings": None, "history": []}
     with suppress(OSError, ValueError):
         record["settings"] = json.loads((out / "config.json").read_text())
-        if (out / "checkpoint").exists():  # it has no run.json: its metrics are only here
+        if path.parent.exists():  # a checkpoint that has no run.json: its metrics are only here
             lines = (out / "metrics.jsonl").read_text().splitlines()
             record["history"] = [json.loads(line) for line in lines if line.endswith("}")]
     return record
@@ -835,6 +839,8 @@ def find_run(config, run):
         changed = [f"{n} {before[n]} -> {now[n]}" for n in now if n not in FREE and before[n] != now[n]]
         if not changed and (record["settings"] or run.out):
             run.out = str(out)
+            if (whole := whole_checkpoint(out)).name != "checkpoint":
+                whole.rename(out / "checkpoint")
             return record
         reasons.append(f"{out} was started with other settings: {', '.join(changed) or 'unknown ones'}")
     raise UserError(f"--resume: {'; '.join(reasons)}")
@@ -916,6 +922,7 @@ def train(config, run):
         history = record["history"][: trainer.steps_done + 1]  # step 0 and one for each step
         if [line["step"] for line in history] != list(range(trainer.steps_done + 1)):
             raise UserError(f"--resume: {out}/metrics.jsonl lacks lines of steps before the checkpoint")
+        print(f"going on with {out} after step {trainer.steps_done}")
     else:
         history = [{"step": 0, **evaluation()}]
         log(history[0])

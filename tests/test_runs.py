@@ -201,9 +201,10 @@ def test_killed_at_20_random_moments(programs, world, tmp_path):
         kills += 1
         if len(lines) > 3:  # some save is over
             record = ts.read_record(out)
-            done = torch.load(out / "checkpoint" / "trainer_state.pt", weights_only=True)["step"]
+            checkpoint = ts.whole_checkpoint(out)
+            done = torch.load(checkpoint / "trainer_state.pt", weights_only=True)["step"]
             assert record["history"] == expected[: done + 1] and done >= len(lines) - 1 - 2
-            AutoModelForImageTextToText.from_pretrained(out / "checkpoint")
+            AutoModelForImageTextToText.from_pretrained(checkpoint)
 
 
 @pytest.mark.parametrize("left", [(".new", ".old"), (".old",), ("", ".new"), ("", ".old")])
@@ -218,7 +219,8 @@ def test_whatever_a_killed_save_leaves_is_gone_on_from(left, whole, programs, wo
         shutil.copytree(sources.get(suffix, whole / "checkpoint"), target)
     if "" in left:  # what lies beside a checkpoint may be half there
         (tmp_path / "b" / f"checkpoint{left[1]}" / "trainer_state.pt").write_bytes(b"PK")
-    record = ts.read_record(tmp_path / "b")
+    config, run = ts.parse_args([*world, "--out", str(tmp_path / "b"), "--resume"])
+    record = ts.find_run(config, run)
     assert len(record["history"]) - 1 == (3 if left == (".new", ".old") else 2)
     assert (tmp_path / "b" / "checkpoint" / "trainer_state.pt").stat().st_size > 1000
 
