@@ -15,6 +15,7 @@ perception, the operands reasoning, the results calculation, the box consistency
 Shapes: B rows, N digits per image, P prompt tokens, T response tokens, S = P + T with padding, V vocabulary.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -46,7 +47,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from papo import PROMPT_SUFFIX, encode_prompt
+from papo import PROMPT_SUFFIX, encode_prompt, rope_positions
 
 SIDE = 28  # a digit is SIDE x SIDE pixels: 2 x 2 patches of 14, one visual token
 SPLITS = {
@@ -360,10 +361,16 @@ def _images(pool: np.ndarray, picks: np.ndarray, shift: int, rng) -> list[torch.
     return [torch.from_numpy(row).expand(3, -1, -1) for row in rows]
 
 
-def _prompt_texts(processor, questions: list[str], digits: int) -> list[str]:
-    """What `encode_prompt` makes of each question about an image of so many digits, as text; one call serves them all."""
+@functools.cache
+def _prompt_shell(processor, digits: int) -> str:
+    """What `encode_prompt` makes of the question @ about an image of so many digits, as text."""
     blank = encode_prompt(processor, "<image>@", Image.new("RGB", (SIDE * digits, SIDE)))
-    shell = processor.tokenizer.decode(blank["input_ids"][0])
+    return processor.tokenizer.decode(blank["input_ids"][0])
+
+
+def _prompt_texts(processor, questions: list[str], digits: int) -> list[str]:
+    """What `encode_prompt` makes of each question about an image of so many digits, as text."""
+    shell = _prompt_shell(processor, digits)
     return [shell.replace("@", question.removeprefix("<image>")) for question in questions]
 
 
@@ -388,14 +395,8 @@ def _make_batch(processor, pool, labels, digits: int, guess: float, recipe: Warm
     targets = [torch.tensor([-100] * len(prompt) + response) for prompt, response in zip(prompts, responses)]
     pad = torch.nn.utils.rnn.pad_sequence
     ids = pad(rows, batch_first=True, padding_value=tokenizer.pad_token_id)  # (B, S)
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": pad([torch.ones_like(row) for row in rows], batch_first=True),
-        "mm_token_type_ids": (ids == processor.image_token_id).int(),
-    }  # (B, S) each
-    inputs |= processor.image_processor(
-        _images(pool, picks, recipe.shift, rng), return_tensors="pt"
-    )  # pixels, grid
+    images = processor.image_processor(_images(pool, picks, recipe.shift, rng), return_tensors="pt")
+    inputs = {"input_ids": ids, **images}  # no attention mask: padding comes last, where no token sees it
     return inputs, pad(targets, batch_first=True, padding_value=-100)
 
 
@@ -408,7 +409,10 @@ def _supervise(model, processor, digits: int, seed: int, recipe: WarmStart):
     bar = tqdm(recipe.stages(digits), desc="warm start", mininterval=1.0)
     for length, lr, guess in bar:
         inputs, targets = _make_batch(processor, pool, labels, length, guess, recipe, rng)
-        hidden = model.model(**inputs).last_hidden_state[:, :-1]  # (B, S - 1, 96)
+        # The image stands at the same place in every row, so one row's positions serve them all.
+        positions = rope_positions(model, inputs["input_ids"][:1], inputs)  # (3, 1, S)
+        out = model.model(**inputs, position_ids=positions, use_cache=False)
+        hidden = out.last_hidden_state[:, :-1]  # (B, S - 1, 96)
         learn = targets[:, 1:] != -100  # (B, S - 1)
         loss = F.cross_entropy(model.lm_head(hidden[learn]), targets[:, 1:][learn])
         optimizer.zero_grad()
@@ -418,7 +422,6 @@ def _supervise(model, processor, digits: int, seed: int, recipe: WarmStart):
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     model.eval()
-    model.model.rope_deltas = None  # a cache of the last training batch
 
 
 def _cache_key(processor, model, digits: int, seed: int, recipe: WarmStart) -> str:

@@ -206,11 +206,48 @@ def test_training_sees_the_very_prompt_that_rl_sees(processor, digits):
 def test_only_the_response_is_learned_and_its_end_too(processor):
     pool, labels = toy._digit_pool("warm")
     inputs, targets = toy._make_batch(processor, pool, labels, 4, 0.0, SHORT, np.random.default_rng(0))
-    for ids, types, wanted in zip(inputs["input_ids"], inputs["mm_token_type_ids"], targets, strict=True):
+    for ids, wanted in zip(inputs["input_ids"], targets, strict=True):
         response = wanted[wanted != -100]
         assert toy.TRACE.fullmatch(processor.tokenizer.decode(response[:-1]))
-        assert response[-1] == processor.tokenizer.eos_token_id and types.sum() == 4
+        assert response[-1] == processor.tokenizer.eos_token_id
+        assert (ids == processor.image_token_id).sum() == 4
         assert torch.equal(ids[wanted != -100], response)
+
+
+@pytest.mark.parametrize("digits", [1, 4])
+def test_one_rows_positions_and_no_mask_are_what_the_model_would_take(processor, digits, monkeypatch):
+    """A step of warm start against the stock forward with a padding mask and token types: the same hidden states where
+    the loss is taken."""
+    model, compared = toy.toy_model(processor), []
+
+    def both(**inputs):
+        ids = inputs["input_ids"]
+        short = forward(**inputs)
+        stock = forward(
+            input_ids=ids,
+            attention_mask=(ids != processor.tokenizer.pad_token_id).long(),
+            mm_token_type_ids=(ids == processor.image_token_id).int(),
+            pixel_values=inputs["pixel_values"],
+            image_grid_thw=inputs["image_grid_thw"],
+        )
+        real = ids != processor.tokenizer.pad_token_id
+        assert not real.all()  # some rows are padded
+        torch.testing.assert_close(
+            short.last_hidden_state[real], stock.last_hidden_state[real], atol=1e-5, rtol=1e-5
+        )
+        compared.append(len(ids))
+        return short
+
+    forward = model.model.forward
+    monkeypatch.setattr(model.model, "forward", both)
+    toy._supervise(
+        model,
+        processor,
+        digits,
+        0,
+        toy.WarmStart(short_stages=(), clean_steps=2, guess_steps=1, batch_size=8),
+    )
+    assert compared == [8] * 3
 
 
 def test_phase_two_invents_the_unstated_digits_only(processor):
