@@ -65,11 +65,13 @@ from typing import Literal
 
 import math_verify
 import torch
+import torch.nn.functional as F
 from pebble import ProcessPool
 from PIL import Image
 from qwen_vl_utils.vision_process import fetch_image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicLayer
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The recipe
@@ -347,7 +349,53 @@ def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
         probs = torch.zeros_like(probs).scatter(
             -1, order, ranked.masked_fill(outside, 0)
         )  # (B, V), sums to <= 1
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]  # (B,) multinomial rescales
+    # Where a uniform number falls among the summed probabilities: one number a row, where torch.multinomial draws V. In
+    # float64, since fp32 sums over 150,000 tokens would blur the unlikely ones. A token of probability 0 is never met.
+    summed = probs.cumsum(-1, dtype=torch.float64)  # (B, V)
+    place = torch.rand(
+        len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator
+    )  # (B, 1) in [0, 1)
+    return torch.searchsorted(summed, place * summed[:, -1:], right=True)[:, 0]  # (B,)
+
+
+def attention_bias(visible, dtype):
+    """A boolean mask as numbers to add to the attention scores: eager attention would add a boolean one as 0 and 1."""
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer of a KV cache that writes a new token in place; transformers' own copies all that is there to append one.
+
+    filled: the layer after the prefill of n prompts. Each prompt's keys and values are repeated group_size times."""
+
+    def __init__(self, filled, group_size):
+        super().__init__()
+        self.is_initialized = True
+        self.length = filled.get_seq_length()  # tokens written; the room behind them is not initialised
+        self.keys, self.values = (x.repeat_interleave(group_size, 0) for x in (filled.keys, filled.values))
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, self.length = self.length, self.length + key_states.shape[2]
+        if self.length > self.keys.shape[2]:  # room for the next 64 tokens, so that copying is rare
+            grow = lambda x: torch.cat(
+                [x, x.new_empty(*x.shape[:2], 64, x.shape[3])], dim=2
+            )  # (B, heads, L, d)
+            self.keys, self.values = grow(self.keys), grow(self.values)
+        self.keys[:, :, start : self.length] = key_states
+        self.values[:, :, start : self.length] = value_states
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]  # (B, heads, P + t, d) each
+
+    def get_seq_length(self):
+        return self.length
+
+
+def end_tokens(model, processor) -> list[int]:
+    """Ids that end a response: the tokenizer's, and those of the model's generation_config that are special tokens. Qwen2.5-VL
+    lists <|im_end|> and <|endoftext|> there."""
+    listed = model.generation_config.eos_token_id
+    listed = listed if isinstance(listed, list) else [listed]
+    special = processor.tokenizer.all_special_ids
+    return [processor.tokenizer.eos_token_id] + [token for token in listed if token in special]
 
 
 @torch.no_grad()
@@ -356,19 +404,21 @@ def sample_groups(
 ):
     """Sample group_size responses for each prompt: one prefill for all prompts, then one token a time for all responses.
 
-    Nothing is taken from the model's generation_config, whose temperature and penalties would make a group's responses
-    alike. Vision tokens are never drawn. generator: on the model's device.
-    Returns per prompt a list of group_size LongTensors (<= max_new_tokens,), cut after the first end-of-sequence token."""
+    Nothing but the end tokens is taken from the model's generation_config, whose temperature and penalties would make a
+    group's responses alike. Vision tokens are never drawn. generator: on the model's device.
+    Returns per prompt a list of group_size LongTensors (<= max_new_tokens,), cut after the first end token. One that is cut
+    at max_new_tokens has none, and is rewarded and trained as it stands. top_p < 1 changes what is drawn, not what
+    group_logps scores: the scored distribution is the whole one."""
     if not prompts:
         raise ValueError("no prompts to sample from")
-    tokenizer, device, training = processor.tokenizer, model.device, model.training
+    device, training = model.device, model.training
     model.eval()  # under train() a gradient-checkpointed layer would drop its KV cache
-    ids = [prompt["input_ids"][0].flip(0) for prompt in prompts]  # n x (P,), reversed to pad on the left
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad).flip(1).to(device)  # (n, P)
-    seen = (
-        pad_sequence([torch.ones_like(i) for i in ids], batch_first=True).flip(1).to(device)
-    )  # (n, P) 1 = not padding
+    # Left padding, so that every prompt ends where its responses begin: pad on the right what is reversed, and reverse.
+    reversed_ids = [prompt["input_ids"][0].flip(0) for prompt in prompts]  # n x (P,)
+    pad = processor.tokenizer.pad_token_id or 0  # whichever: nothing sees it
+    input_ids = pad_sequence(reversed_ids, batch_first=True, padding_value=pad).flip(1).to(device)  # (n, P)
+    seen = [torch.ones_like(ids) for ids in reversed_ids]  # n x (P,)
+    seen = pad_sequence(seen, batch_first=True).flip(1).to(device)  # (n, P) 1 = not padding
     images = image_inputs(prompts, device)
     positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
     out = model(
@@ -380,35 +430,45 @@ def sample_groups(
         **images,
     )
 
+    # From here on B = n * G rows, fewer as responses end.
     cache = out.past_key_values
-    cache.batch_repeat_interleave(group_size)  # from here on B = n * G rows
+    cache.layers = [RoomyLayer(layer, group_size) for layer in cache.layers]
     logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (B, V)
-    seen = seen.repeat_interleave(group_size, 0)  # (B, P)
     position = positions.amax(dim=(0, 2)).repeat_interleave(group_size)  # (B,) of the last prompt token
-    done, tokens = torch.zeros_like(position, dtype=torch.bool), []
+    seen = F.pad(
+        seen.repeat_interleave(group_size, 0), (0, max_new_tokens), value=1
+    )  # (B, P + max_new_tokens)
+    bias = attention_bias(seen[:, None, None].bool(), model.dtype)  # (B, 1, 1, P + max_new_tokens)
+    rows = torch.arange(len(bias), device=device)  # (B,) whose responses these are
+    tokens = torch.full(
+        (len(bias), max_new_tokens), -1, device=device
+    )  # (n * G, max_new_tokens) -1: not drawn
+    ends = torch.tensor(end_tokens(model, processor), device=device)
     never = torch.tensor(vision_token_ids(model), device=device)  # (4,)
-    for _ in range(max_new_tokens):
+    done = torch.zeros_like(rows, dtype=torch.bool)  # (B,)
+    for t in range(max_new_tokens):
         logits[:, never] = -math.inf
         token = sample_token(logits, temperature, top_p, generator)  # (B,)
-        tokens.append(token)
-        done |= token == tokenizer.eos_token_id
-        if done.all() or len(tokens) == max_new_tokens:
+        tokens[rows, t] = token.where(~done, -1)
+        done |= torch.isin(token, ends)
+        if done.all() or t + 1 == max_new_tokens:
             break
-        position = position + 1
-        seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)  # (B, P + t)
+        if (
+            done.sum() >= len(done) / 4
+        ):  # drop the ended rows once they are a quarter: each time copies the cache
+            going = (~done).nonzero()[:, 0]  # (B',)
+            rows, token, position, bias, done = (x[going] for x in (rows, token, position, bias, done))
+            cache.batch_select_indices(going)
+        position = position + 1  # (B,)
         logits = model(
-            input_ids=token[:, None],
-            attention_mask=seen,
-            position_ids=position.expand(3, 1, -1).mT,  # (3, B, 1)
+            input_ids=token[:, None],  # (B, 1)
+            attention_mask=bias[..., : input_ids.shape[1] + t + 1],
+            position_ids=position[None, :, None].expand(3, -1, -1),  # (3, B, 1)
             past_key_values=cache,
             use_cache=True,
         ).logits[:, -1]  # (B, V)
     model.train(training)
-
-    responses = []
-    for row in torch.stack(tokens, dim=1).cpu():  # (T,) what it drew after its end is dropped
-        ends = (row == tokenizer.eos_token_id).nonzero()  # (number of ends, 1)
-        responses.append(row[: ends[0, 0] + 1] if len(ends) else row)
+    responses = [row[row >= 0] for row in tokens.cpu()]  # n * G x (|o|,)
     return [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
 
 
@@ -627,13 +687,9 @@ def group_row(model, prompt, responses):
     after = positions.max() + 1 + place  # (N,)
     positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)  # (3, 1, L)
     predictor = torch.arange(P - 1, row.shape[1] - 1, device=device).where(place > 0, P - 1)  # (N,)
-    # Numbers added to the attention scores: eager attention would add a boolean mask as 0 and 1.
-    bias = torch.zeros_like(visible, dtype=model.dtype).masked_fill(
-        ~visible, torch.finfo(model.dtype).min
-    )  # (1, 1, L, L)
-    return dict(
-        input_ids=row, attention_mask=bias, position_ids=positions, use_cache=False, **images
-    ), predictor
+    bias = attention_bias(visible, model.dtype)  # (1, 1, L, L)
+    inputs = dict(input_ids=row, attention_mask=bias, position_ids=positions, use_cache=False, **images)
+    return inputs, predictor
 
 
 def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):

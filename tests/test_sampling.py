@@ -86,12 +86,18 @@ def test_sampled_logits_are_the_scored_policy(vlm, temperature, monkeypatch):
     hook.remove()
     responses = [o for group in groups for o in group]
     assert len({len(o) for o in responses}) > 1
-    for i, (response, score) in enumerate(zip(responses, rows, strict=True)):
-        for t, token in enumerate(response):
-            logits, drawn = seen[t]
-            assert drawn[i] == token
-            assert (logits[i] / temperature).log_softmax(-1)[token].item() == pytest.approx(
-                score[t].item(), abs=1e-4
+    going = list(range(len(responses)))  # the responses that the rows of a step belong to
+    for t, (logits, drawn) in enumerate(seen):
+        if len(logits) < len(going):  # ended ones were dropped, and no others
+            going = [i for i in going if len(responses[i]) > t]
+        assert len(logits) == len(going)
+        for row, i in enumerate(going):
+            if t >= len(responses[i]):
+                continue  # ended, and not dropped yet
+            token = responses[i][t]
+            assert drawn[row] == token
+            assert (logits[row] / temperature).log_softmax(-1)[token].item() == pytest.approx(
+                rows[i][t].item(), abs=1e-4
             )
 
 
@@ -174,13 +180,13 @@ def test_responses_end_with_their_first_end_token(one_vlm, pad_is_eos):
 
 
 def test_sampling_stops_when_all_have_ended(one_vlm, monkeypatch):
-    """Row i of four ends at step i + 1 and then draws other tokens: four steps, not one and not fifty."""
+    """Row i of four ends at step i + 1: four steps, not one and not fifty."""
     model, processor = one_vlm
     calls = []
 
     def fake(logits, *_):
         calls.append(1)
-        return torch.where(torch.arange(4) == len(calls) - 1, EOS, 9)
+        return torch.where(torch.arange(len(logits)) == 0, EOS, 9)  # the first of those that go on
 
     monkeypatch.setattr(papo, "sample_token", fake)
     groups = sample_groups(model, processor, two_prompts(processor), 2, 50)
