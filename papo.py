@@ -41,8 +41,9 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
      1. The k3 estimator uses r = other/pi, as [2] and Schulman. The r = pi/other printed in [1] is biased for samples of pi.
      2. The perception KL is part of the scalar that is back-propagated; in the Qwen3 branch of [2] it is not.
      3. H[pi_mask] can be trained ("entropy", "full"); in [2] it is scored without gradient, so eta2 changes nothing.
-     4. Entropies are exact sums over the vocabulary. [2] uses -log pi of the sampled tokens (here entropy=None), whose expected
-        gradient on-policy is zero; [1] prints log pi without the minus.
+     4. Entropies are exact sums over the vocabulary. [2] uses -log pi of the sampled tokens (here entropy=None): on-policy, its
+        expected gradient is zero for every token given its prefix. Averaged with 1/|o|, a pull towards shorter responses is
+        left, since a token's weight depends on the tokens after it. [1] prints log pi without the minus.
      5. The perception KL treats pi_mask as a constant, as [2]. "full" is Eq. 2 of [1] to the letter, and easier to hack: the
         network can raise the KL by answering nonsense to masked images.
      6. aggregation="sequence" (mean of per-response means) is Eq. 2 and GRPO; "token" is Eq. 3 and DAPO, and what [2] uses.
@@ -68,10 +69,11 @@ import torch
 import torch.nn.functional as F
 from pebble import ProcessPool
 from PIL import Image
-from qwen_vl_utils.vision_process import fetch_image
+from qwen_vl_utils.vision_process import smart_resize, to_rgb
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
+from transformers.image_utils import load_image
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The recipe
@@ -83,10 +85,14 @@ def option(default, help):
     return field(default=default, metadata={"help": help})
 
 
+class Settled(str):
+    """A masked_grad that nobody gave: it follows eta2, also when dataclasses.replace makes a config with another eta2."""
+
+
 @dataclass
 class PAPOConfig:
     """Every number of the recipe. The defaults are the published PAPO-G 3B model's (Table 6 of [1] and its scripts), but for
-    top_p, which is 0.99 there and in the presets. masked_grad is settled when the object is made, by the eta2 given then.
+    top_p, which is 0.99 there and in the presets. masked_grad, where it is not given, is "entropy" if eta2 > 0, else "detached".
 
     Raises ValueError, naming the field, for a value outside its range."""
 
@@ -155,8 +161,8 @@ class PAPOConfig:
     max_grad_norm: float = option(1.0, "gradients longer than this are scaled down to it (published: 1.0)")
 
     def __post_init__(self):
-        if self.masked_grad is None:
-            self.masked_grad = "entropy" if self.eta2 > 0 else "detached"
+        if self.masked_grad is None or isinstance(self.masked_grad, Settled):
+            self.masked_grad = Settled("entropy" if self.eta2 > 0 else "detached")
         ranges = {  # name: (smallest, largest); "not a <= x <= b" also refuses nan
             **dict.fromkeys(("gamma", "beta", "eta1", "eta2", "clip_high", "weight_decay"), (0, 1e3)),
             **dict.fromkeys(("clip_low", "mask_ratio", "format_weight"), (0, 1)),
@@ -232,13 +238,27 @@ PROMPT_SUFFIX = " First think inside <think> </think>, then put the final answer
 
 def fit_image(processor, image):
     """Resize an image to what the vision tower will see: both sides multiples of patch x merge, the area between the
-    processor's smallest and largest. Unless its shape is extreme a second call changes nothing, nor does the processor.
+    processor's smallest and largest where both can be had. A second call changes nothing.
+
+    image: PIL, or a path, URL or data URL. Returns a new RGB image.
     Raises ValueError for an image more than 200 times longer than wide."""
-    size = processor.image_processor.size
-    return fetch_image(
-        {"image": image, "min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]},
-        image_patch_size=processor.image_processor.patch_size,
+    settings, image = (
+        processor.image_processor,
+        to_rgb(load_image(image) if isinstance(image, str) else image),
     )
+    rule = functools.partial(
+        smart_resize,
+        factor=settings.patch_size * settings.merge_size,
+        min_pixels=settings.size["shortest_edge"],
+        max_pixels=settings.size["longest_edge"],
+    )
+    # The rule is applied until it changes nothing. With bounds too near to each other two sizes lead to one another (one is
+    # too small, the other too large): then the smaller.
+    sizes = [(image.height, image.width)]
+    while (following := rule(*sizes[-1])) not in sizes:
+        sizes.append(following)
+    height, width = min(sizes[sizes.index(following) :])
+    return image.resize((width, height))
 
 
 def encode_prompt(processor, question: str, image) -> Prompt:
@@ -258,7 +278,7 @@ def encode_prompt(processor, question: str, image) -> Prompt:
     text = processor.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
-    return processor(text=[text], images=[fit_image(processor, image)], return_tensors="pt")
+    return processor(text=[text], images=[fit_image(processor, image)], do_resize=False, return_tensors="pt")
 
 
 def vision_token_ids(model) -> list[int]:
@@ -271,29 +291,40 @@ def vision_token_ids(model) -> list[int]:
     return [getattr(model.config, name) for name in names]
 
 
+def mask_prompt(processor, prompt, masked_image) -> Prompt:
+    """The prompt with a masked image in the place of its own, of the same size: the same ids, other pixels."""
+    masked = processor.image_processor(images=[masked_image], do_resize=False, return_tensors="pt")
+    kept = {name: x for name, x in prompt.items() if name != "features"}
+    return {**kept, "pixel_values": masked["pixel_values"]}
+
+
 def encode_image(model, prompt) -> Prompt:
-    """With a frozen vision tower: the prompt with the image's features, computed once for all later passes."""
+    """With a frozen vision tower: the prompt with the image's features in place of its pixels, computed once for all later
+    passes. They wait in host memory, and only what the language model reads is kept."""
     with torch.no_grad():
         features = model.model.get_image_features(**image_inputs([prompt], model.device), return_dict=True)
-    return {**prompt, "features": features}
+    kept = {"pooler_output": [x.cpu() for x in features.pooler_output]}  # a list of one (visual tokens, H)
+    if getattr(features, "deepstack_features", None):  # Qwen3-VL: features of some inner layers too
+        kept["deepstack_features"] = [[x.cpu() for x in layer] for layer in features.deepstack_features]
+    return {name: x for name, x in prompt.items() if name != "pixel_values"} | {
+        "features": type(features)(**kept)
+    }
 
 
 def image_inputs(prompts: list[Prompt], device) -> dict:
     """The model's image arguments for several prompts: their patches, or features from encode_image, one after the other."""
-    inputs = {
-        "image_grid_thw": torch.cat([prompt["image_grid_thw"] for prompt in prompts]).to(device)
-    }  # (n, 3)
+    grids = torch.cat([prompt["image_grid_thw"] for prompt in prompts]).to(device)  # (n, 3)
     if "features" not in prompts[0]:
-        return inputs | {"pixel_values": torch.cat([prompt["pixel_values"] for prompt in prompts]).to(device)}
-    images = [prompt["features"] for prompt in prompts]
-    joined = type(images[0])(
-        pooler_output=[x for image in images for x in image.pooler_output]
-    )  # n x (visual tokens, H)
-    if getattr(images[0], "deepstack_features", None):  # Qwen3-VL: features of some inner layers too
-        joined.deepstack_features = [
-            sum(layer, ()) for layer in zip(*(image.deepstack_features for image in images))
-        ]
-    return inputs | {"mm_encoder_outputs": {"image": joined}}
+        patches = torch.cat([prompt["pixel_values"] for prompt in prompts]).to(
+            device
+        )  # (patches, channels x time x patch^2)
+        return {"image_grid_thw": grids, "pixel_values": patches}
+    features = [prompt["features"] for prompt in prompts]
+    joined = type(features[0])(pooler_output=[x.to(device) for f in features for x in f.pooler_output])
+    if getattr(features[0], "deepstack_features", None):
+        layers = zip(*(f.deepstack_features for f in features))  # of each inner layer, the images' features
+        joined.deepstack_features = [[x.to(device) for image in layer for x in image] for layer in layers]
+    return {"image_grid_thw": grids, "mm_encoder_outputs": {"image": joined}}
 
 
 def rope_positions(model, input_ids, images, attention_mask=None):
@@ -646,20 +677,25 @@ def group_advantages(rewards, eps=1e-6):
 HEAD_CHUNK = 256  # response positions whose logits exist at a time: 256 x 151,936 fp32 numbers are 156 MB
 
 
-def token_logps(hidden, targets, head, temperature=1.0):
-    """log pi(target) and the entropy at each position, without ever holding all logits.
+def token_logps(hidden, targets, head, temperature=1.0, with_entropy=False):
+    """log pi(target), and with_entropy the entropy, at each position, without ever holding all logits.
 
-    hidden (N, H), targets (N,) -> logps (N,), entropy (N,), fp32. Each chunk's logits are computed again in backward: a
-    plain loop would keep them all alive for autograd, 2.4 GB per copy for 4,000 tokens of a 151,936-word vocabulary."""
+    hidden (N, H), targets (N,) -> logps (N,), entropy (N,) or None, fp32. Each chunk's logits are computed again in backward:
+    a plain loop would keep them all alive for autograd, 2.4 GB per copy for 4,000 tokens of a 151,936-word vocabulary."""
 
     def chunk_logps(hidden, targets):
-        log_probs = (head(hidden).float() / temperature).log_softmax(-1)  # (N, V)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)  # (N,)
-        return log_probs.gather(-1, targets[:, None])[:, 0], entropy
+        logits = head(hidden).float() / temperature  # (N, V)
+        log_total = logits.logsumexp(-1)  # (N,)
+        logps = logits.gather(-1, targets[:, None])[:, 0] - log_total  # (N,)
+        if not with_entropy:
+            return (logps,)
+        log_probs = logits - log_total[:, None]  # (N, V)
+        return logps, -(log_probs.exp() * log_probs).sum(-1)  # (N,), (N,)
 
     chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
-    logps, entropy = zip(*(checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks))
-    return torch.cat(logps), torch.cat(entropy)
+    parts = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks]
+    logps, *entropy = map(torch.cat, zip(*parts))
+    return logps, entropy[0] if with_entropy else None
 
 
 def group_row(model, prompt, responses):
@@ -710,7 +746,8 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
         )
     inputs, predictor = group_row(model, prompt, responses)
     hidden = model.model(**inputs).last_hidden_state[0, predictor]  # (N, H)
-    logps, entropy = token_logps(hidden, targets, model.get_output_embeddings(), temperature)  # (N,), (N,)
+    head = model.get_output_embeddings()
+    logps, entropy = token_logps(hidden, targets, head, temperature, with_entropy)  # (N,), (N,) or None
     lengths = [len(o) for o in responses]
     pad = lambda flat: pad_sequence(flat.split(lengths), batch_first=True)  # (N,) -> (G, T)
     scored = pad(logps), pad(torch.ones_like(logps))
@@ -722,6 +759,11 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def policy_ratio(logps, old_logps):
+    """r = pi_theta / pi_old of each token, the log-ratio clamped to +-20 as in [2]. (B, T), (B, T) -> (B, T)"""
+    return (logps - old_logps).clamp(-20, 20).exp()
+
+
 def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_dual):
     """- min(r A, clip(r, 1 - eps_l, 1 + eps_h) A), and for A < 0 at most c |A|;  r = pi_theta / pi_old.  ([1] Eq. 2, [2])
 
@@ -729,7 +771,7 @@ def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_
     it is 1 + eps_h times likelier, the second keeps a bad response that has become far likelier from dominating."""
     check_shapes(logps=(logps, "B T"), old_logps=(old_logps, "B T"), advantages=(advantages, "B"))
     advantages = advantages[:, None]  # (B, 1)
-    ratio = (logps - old_logps).clamp(-20, 20).exp()  # (B, T)
+    ratio = policy_ratio(logps, old_logps)  # (B, T)
     loss = torch.maximum(
         -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
     )  # (B, T)
@@ -779,6 +821,7 @@ def papo_loss(
     ref_logps=None,
     entropy=None,
     masked_entropy=None,
+    rewards=None,
 ):
     """The PAPO loss, minus J of [1] Eq. 2 (Eq. 3 for PAPO-D):
 
@@ -786,8 +829,9 @@ def papo_loss(
 
     logps, old_logps, response_mask, masked_logps, ref_logps, entropy, masked_entropy (B, T); advantages (B,).
     entropy, masked_entropy: exact ones from group_logps; None takes -log pi of the sampled tokens, as the released code.
-    Returns the scalar to minimise and a dict of floats, each averaged like the loss. A term whose weight is 0 adds
-    nothing at all, so gamma = 0 is GRPO to the bit; it is still measured if its inputs are given. Gradient reaches
+    rewards (B,): not read here; papo_step hands them to every objective, so that one of your own may.
+    Returns the scalar to minimise and a dict of floats, each averaged like the loss; what was not given is not measured and
+    has no entry. A term whose weight is 0 adds nothing at all, so gamma = 0 is GRPO to the bit. Gradient reaches
     masked_logps and masked_entropy only as config.masked_grad says (table in the header).
     Raises ValueError if shapes disagree or a term with a weight lacks its input."""
     given = dict(
@@ -808,18 +852,11 @@ def papo_loss(
         raise ValueError("beta is not 0: papo_loss needs ref_logps")
     mean = lambda per_token: aggregate(per_token, response_mask, config.aggregation)  # (B, T) -> scalar
 
-    # Every term: its name, its weight in the loss, its mean over tokens.
+    clips = config.clip_low, config.clip_high, config.clip_dual
+    policy = clipped_policy_loss(logps, old_logps.detach(), advantages, *clips)  # (B, T)
     terms = [
-        (
-            "policy_loss",
-            1.0,
-            mean(
-                clipped_policy_loss(
-                    logps, old_logps.detach(), advantages, config.clip_low, config.clip_high, config.clip_dual
-                )
-            ),
-        )
-    ]
+        ("policy_loss", 1.0, mean(policy))
+    ]  # every term: its name, its weight in the loss, its mean over tokens
     if ref_logps is not None:
         terms.append(("kl_ref", config.beta, mean(kl_k3(logps, ref_logps.detach()))))
     terms.append(("entropy", config.eta1, mean(-logps if entropy is None else entropy)))
@@ -832,12 +869,9 @@ def papo_loss(
         terms.append(("masked_entropy", config.eta2, mean(masked_entropy)))
 
     loss = sum(weight * term for _, weight, term in terms if weight)
-    ratio = (logps - old_logps).detach().clamp(-20, 20).exp()  # (B, T)
+    ratio = policy_ratio(logps, old_logps).detach()  # (B, T)
     metrics = {
         "loss": loss.item(),
-        "kl_ref": 0.0,
-        "kl_prcp": 0.0,
-        "masked_entropy": 0.0,
         **{name: term.item() for name, _, term in terms},
         "clip_high_fraction": mean((ratio > 1 + config.clip_high).float()).item(),
         "clip_low_fraction": mean((ratio < 1 - config.clip_low).float()).item(),
@@ -871,37 +905,26 @@ class Group:
         return 0 < sum(score["accuracy"] for score in self.scores) < len(self.scores)
 
 
-def prepare(model, processor, question, image) -> Prompt:
-    """encode_prompt, and the image's features where training cannot change them."""
-    prompt = encode_prompt(processor, question, image)
+def prepare(model, prompt) -> Prompt:
+    """The prompt as it is kept: with the image's features where training cannot change them, else with its pixels."""
     frozen = not any(p.requires_grad for p in model.model.visual.parameters())
     return encode_image(model, prompt) if frozen else prompt
 
 
 def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
     """Encode, sample, reward and standardise: a Group per row, not yet masked. generator: on the model's device."""
-    prompts = [prepare(model, processor, row["problem"], row["images"][0]) for row in rows]
-    sampled = sample_groups(
-        model,
-        processor,
-        prompts,
-        config.group_size,
-        config.max_new_tokens,
-        config.temperature,
-        config.top_p,
-        generator,
-    )
+    prompts = [prepare(model, encode_prompt(processor, row["problem"], row["images"][0])) for row in rows]
+    sizes = config.group_size, config.max_new_tokens
+    sampled = sample_groups(model, processor, prompts, *sizes, config.temperature, config.top_p, generator)
     groups = []
     for row, prompt, responses in zip(rows, prompts, sampled):
         # Thinking models' chat templates open the <think> themselves; the format rule wants to see it.
-        opened = processor.tokenizer.decode(prompt["input_ids"][0, -4:]).rstrip().endswith("<think>")
-        texts = [
-            opened * "<think>" + processor.tokenizer.decode(o, skip_special_tokens=True) for o in responses
-        ]
+        end_of_prompt = processor.tokenizer.decode(prompt["input_ids"][0, -4:]).rstrip()
+        opening = "<think>" if end_of_prompt.endswith("<think>") else ""
+        texts = [opening + processor.tokenizer.decode(o, skip_special_tokens=True) for o in responses]
         scores = [compute_reward(text, row["answer"], config.format_weight) for text in texts]
-        groups.append(
-            Group(row, prompt, responses, texts, scores, group_advantages([s["reward"] for s in scores]))
-        )
+        advantages = group_advantages([score["reward"] for score in scores])  # (G,)
+        groups.append(Group(row, prompt, responses, texts, scores, advantages))
     return groups
 
 
@@ -910,28 +933,25 @@ def roll_out(model, processor, config, rows, generator):
 
     With dynamic_sampling (DAPO, PAPO-D) only mixed groups are kept and the missing ones redrawn, at most max_redraws
     times; then the batch stays short. Returns the groups and the number of redraws."""
-    seeds = torch.randint(
-        2**62, (2,), generator=generator
-    ).tolist()  # of their own, so that masking moves no sample
-    sampling, masking = (
-        torch.Generator(model.device).manual_seed(seeds[0]),
-        torch.Generator().manual_seed(seeds[1]),
-    )
-    groups, redraws = [], -1
-    while len(groups) < config.prompts_per_batch and redraws < (
-        config.max_redraws if config.dynamic_sampling else 0
-    ):
+    # Two generators of their own, so that masking moves no sample.
+    seeds = torch.randint(2**62, (2,), generator=generator).tolist()
+    sampling = torch.Generator(model.device).manual_seed(seeds[0])
+    masking = torch.Generator().manual_seed(seeds[1])
+    rounds = 1 + (config.max_redraws if config.dynamic_sampling else 0)
+    groups = []
+    for redraws in range(rounds):  # noqa: B007  how many it took is returned
         missing, drawn = config.prompts_per_batch - len(groups), []
         while len(drawn) < missing:
             share = [next(rows) for _ in range(min(config.prompts_per_sample, missing - len(drawn)))]
             drawn += sample_and_grade(model, processor, config, share, sampling)
         groups += [group for group in drawn if group.mixed or not config.dynamic_sampling]
-        redraws += 1
+        if len(groups) == config.prompts_per_batch:
+            break
     if config.gamma or config.eta2:
         for group in groups:  # one fresh mask per question and step, shared by its group
             image = fit_image(processor, group.row["images"][0])
             group.masked_image = mask_patches(image, config.mask_ratio, config.patch_size, masking)
-            group.masked_prompt = prepare(model, processor, group.row["problem"], group.masked_image)
+            group.masked_prompt = prepare(model, mask_prompt(processor, group.prompt, group.masked_image))
     return groups, redraws
 
 
@@ -977,8 +997,11 @@ def split_batch(config, groups) -> list[list[Group]]:
     return [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
 
 
-def papo_step(model, optimizer, config, groups):
+def papo_step(model, optimizer, config, groups, objective=papo_loss):
     """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss, grad_norm, skipped (0 or 1).
+
+    objective: called as papo_loss is, all by keyword but the config. Your own may change what papo_loss gets, for example
+    `lambda config, advantages, rewards, **rest: papo_loss(config, advantages=advantages * (rewards > 0.5), **rest)`.
 
     Each group is one forward pass (or several, see split_group) and one backward pass; gradients add up. A part's loss is
     weighted by its share of the batch's average, so loss and gradient do not depend on the split. After
@@ -995,7 +1018,7 @@ def papo_step(model, optimizer, config, groups):
     metrics = {}
     for group in groups:
         for part in split_group(config, group.prompt, group.responses):
-            loss, part_metrics, count = group_loss(model, config, group, part)
+            loss, part_metrics, count = group_loss(model, config, group, part, objective)
             (loss * count / total).backward()
             for name, value in part_metrics.items():
                 metrics[name] = metrics.get(name, 0.0) + value * count / total
@@ -1008,33 +1031,29 @@ def papo_step(model, optimizer, config, groups):
     return metrics
 
 
-def group_loss(model, config, group, part=slice(None)):
-    """The loss of some of a group's responses. Returns the scalar with its graph, the metrics, and how many items of the
-    aggregation (responses or tokens) it averages."""
-    responses = group.responses[part]
-    exact = config.entropy_estimate == "exact"
-    logps, response_mask, entropy = group_logps(
-        model, group.prompt, responses, config.temperature, with_entropy=True
-    )
+def group_loss(model, config, group, part=slice(None), objective=papo_loss):
+    """The objective over some of a group's responses. Returns the scalar with its graph, the metrics, and how many items of
+    the aggregation (responses or tokens) it averages."""
+    responses, exact = group.responses[part], config.entropy_estimate == "exact"
+    logps, response_mask, *entropy = group_logps(
+        model, group.prompt, responses, config.temperature, exact
+    )  # (G, T) each
     T = logps.shape[1]  # here G and T are those of the part
-    old_logps = logps.detach() if group.old_logps is None else group.old_logps[part, :T]  # (G, T)
-    ref_logps = None if group.ref_logps is None else group.ref_logps[part, :T]  # (G, T)
-    masked_logps = masked_entropy = None
+    given = dict(
+        logps=logps,
+        old_logps=logps.detach() if group.old_logps is None else group.old_logps[part, :T],  # (G, T)
+        ref_logps=None if group.ref_logps is None else group.ref_logps[part, :T],  # (G, T)
+        advantages=group.advantages[part].to(logps.device),  # (G,)
+        rewards=torch.tensor([score["reward"] for score in group.scores[part]], device=logps.device),  # (G,)
+        response_mask=response_mask,
+        entropy=entropy[0] if exact else None,
+    )
     if group.masked_prompt is not None:
         with torch.set_grad_enabled(config.masked_grad != "detached"):
-            masked_logps, _, masked_entropy = group_logps(
-                model, group.masked_prompt, responses, config.temperature, with_entropy=True
-            )  # (G, T)
-    loss, metrics = papo_loss(
-        config,
-        logps,
-        old_logps,
-        group.advantages[part].to(logps.device),
-        response_mask,
-        masked_logps,
-        ref_logps,
-        entropy if exact else None,
-        masked_entropy if exact else None,
-    )
+            masked_logps, _, *masked_entropy = group_logps(
+                model, group.masked_prompt, responses, config.temperature, exact
+            )  # (G, T) each
+        given |= dict(masked_logps=masked_logps, masked_entropy=masked_entropy[0] if exact else None)
+    loss, metrics = objective(config, **given)
     count = len(responses) if config.aggregation == "sequence" else int(response_mask.sum())
     return loss, metrics, count

@@ -6,7 +6,7 @@ import torch
 from conftest import QUESTIONS, picture
 
 import papo
-from papo import encode_prompt, fit_image, mask_patches
+from papo import encode_prompt, fit_image, mask_patches, mask_prompt
 
 
 def generator(seed=0):
@@ -176,3 +176,41 @@ def test_models_without_images_are_refused():
 
     with pytest.raises(ValueError, match="Model has no image token"):
         papo.vision_token_ids(Model())
+
+
+@pytest.mark.parametrize("low, high", [(20, 20), (19, 20), (6, 20), (1, 1), (7, 8)])
+def test_fit_image_settles_whatever_the_bounds(vlm, low, high):
+    """Bounds so near to each other that one step of the rule undoes the last (min_pixels = max_pixels among them): fitting
+    again changes no pixel, and the masked image keeps the grid, its masks aligned."""
+    _, processor = vlm
+    patch, size = processor.image_processor.patch_size, processor.image_processor.size
+    unit = (2 * patch) ** 2
+    processor.image_processor.size = {"shortest_edge": low * unit, "longest_edge": high * unit}
+    try:
+        for width, height in ((90, 60), (300, 200), (31, 150), (224, 224), (500, 40), (97, 101), (640, 480)):
+            fitted = fit_image(processor, picture(0, width, height))
+            assert fitted.width % (2 * patch) == fitted.height % (2 * patch) == 0
+            again = fit_image(processor, fitted)
+            assert again.size == fitted.size and again.tobytes() == fitted.tobytes()
+            prompt = encode_prompt(processor, "?", picture(0, width, height))
+            assert prompt["image_grid_thw"].tolist() == [[1, fitted.height // patch, fitted.width // patch]]
+            masked = mask_patches(fitted, 0.6, patch, generator())
+            values, original = mask_prompt(processor, prompt, masked)["pixel_values"], prompt["pixel_values"]
+            assert values.shape == original.shape
+            untouched = int((values == original).all(1).sum())
+            assert untouched == len(original) - int(np.sum(cells(fitted, masked, patch)))
+    finally:
+        processor.image_processor.size = size
+
+
+def test_a_masked_prompt_is_the_prompt_of_the_masked_image(vlm):
+    """mask_prompt does not tokenise again, and gives what encode_prompt would; features of the plain image do not stay."""
+    _, processor = vlm
+    fitted = fit_image(processor, picture(3))
+    masked = mask_patches(fitted, 0.6, processor.image_processor.patch_size, generator())
+    expected = encode_prompt(processor, QUESTIONS[1], masked)
+    prompt = encode_prompt(processor, QUESTIONS[1], fitted)
+    given = mask_prompt(processor, {**prompt, "features": "of the plain image"}, masked)
+    assert given.keys() == expected.keys()
+    assert all(torch.equal(given[name], expected[name]) for name in expected)
+    assert not torch.equal(prompt["pixel_values"], expected["pixel_values"])

@@ -219,6 +219,50 @@ def test_training_mode_and_checkpointing(vlm):
     assert same(draw(), expected) and model.training and model.model.training
 
 
+@pytest.mark.parametrize(
+    "listed", [SPECIAL_TOKENS.index("<|endoftext|>"), [EOS, SPECIAL_TOKENS.index("<|endoftext|>")]]
+)
+def test_a_second_end_token_ends_a_response(one_vlm, listed):
+    """Qwen2.5-VL's generation_config lists <|im_end|> and <|endoftext|>: both stop, as in model.generate."""
+    model, processor = one_vlm
+    other, prompts = SPECIAL_TOKENS.index("<|endoftext|>"), two_prompts(processor)
+    model.generation_config = transformers.GenerationConfig(eos_token_id=listed)
+    hook = shift_logits(model, {EOS: 4.0, other: 4.0})
+    groups = sample_groups(model, processor, prompts, 16, 12, generator=torch.Generator().manual_seed(3))
+    greedy = sample_groups(model, processor, prompts[:1], 2, 12, temperature=0)[0][0]
+    batch = left_padded(processor, prompts[:1])
+    expected = model.generate(
+        **batch, do_sample=False, max_new_tokens=12, suppress_tokens=VISION, eos_token_id=[EOS, other]
+    )
+    hook.remove()
+    assert greedy.tolist() == expected[0, batch["input_ids"].shape[1] :].tolist()
+    responses = [o.tolist() for group in groups for o in group]
+    last = {o[-1] for o in responses if len(o) < 12}
+    assert last == {EOS, other} and all(not {EOS, other} & set(o[:-1]) for o in responses)
+
+
+def test_ended_rows_leave_the_batch(one_vlm, monkeypatch):
+    """What has ended costs nothing: rows of the forward passes shrink as responses end, to those that still go on."""
+    model, processor = one_vlm
+    sizes = []
+
+    def count(module, args, kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+
+    hooks = [shift_logits(model, {EOS: 5.0}), model.register_forward_pre_hook(count, with_kwargs=True)]
+    groups = sample_groups(
+        model, processor, two_prompts(processor), 16, 30, generator=torch.Generator().manual_seed(3)
+    )
+    for hook in hooks:
+        hook.remove()
+    lengths = [len(o) for group in groups for o in group]
+    assert sizes[0] == 2  # the prefill
+    for t, size in enumerate(sizes[1:], start=1):
+        going = sum(length > t for length in lengths)
+        assert going <= size < going / 0.75 + 1
+    assert sizes[-1] < 8
+
+
 def test_no_prompts(one_vlm):
     with pytest.raises(ValueError, match="no prompts"):
         sample_groups(*one_vlm, [], 2, 8)

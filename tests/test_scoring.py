@@ -151,6 +151,36 @@ def test_features_of_a_frozen_vision_tower(vlm):
         )
 
 
+def test_features_are_all_that_is_kept(vlm):
+    """A frozen tower's prompt holds what the language model reads and no more: features, neither pixels nor the tower's last
+    hidden state, in host memory. A prompt with the masked image carries the masked image's features, not these."""
+    model, processor = vlm
+    prompt = two_prompts(processor)[1]
+    encoded = papo.encode_image(model, prompt)
+    features = encoded["features"]
+    assert "pixel_values" not in encoded and features.get("last_hidden_state") is None
+    tokens = int(prompt["image_grid_thw"].prod()) // 4
+    kept = [
+        *features.pooler_output,
+        *(x for layer in features.get("deepstack_features") or [] for x in layer),
+    ]
+    assert all(x.shape == (tokens, model.config.text_config.hidden_size) for x in kept)
+    assert all(x.device.type == "cpu" for x in kept)
+    assert len(kept) == 1 + (2 if model.config.model_type == "qwen3_vl" else 0)
+
+
+def test_entropy_is_computed_only_where_it_is_read(monkeypatch):
+    """Without with_entropy no probability of the whole vocabulary is formed; the log-probs are the same bits."""
+    hidden, targets, head = head_inputs()
+    seen = []
+    exp = torch.Tensor.exp
+    monkeypatch.setattr(torch.Tensor, "exp", lambda x: seen.append(x.shape) or exp(x))
+    logps, entropy = token_logps(hidden, targets, head)
+    assert entropy is None and not seen
+    again, entropy = token_logps(hidden, targets, head, with_entropy=True)
+    assert torch.equal(logps, again) and seen and entropy.shape == (23,)
+
+
 def test_attention_kinds(vlm, monkeypatch):
     """The row's mask means the same to eager attention; kinds that take no such mask are refused, not run without it."""
     model, processor = vlm
@@ -178,7 +208,7 @@ def test_chunked_head_equals_the_naive_one(chunk, temperature, monkeypatch):
     hidden, targets, head = head_inputs()
     log_probs = F.log_softmax(head(hidden) / temperature, dim=-1)
     naive = log_probs[torch.arange(23), targets], -(log_probs.exp() * log_probs).sum(1)
-    result = token_logps(hidden, targets, head, temperature)
+    result = token_logps(hidden, targets, head, temperature, with_entropy=True)
     weights = torch.arange(46.0).view(2, 23) / 46
     for a, b in zip(result, naive):
         close(a, b)
@@ -197,7 +227,7 @@ def test_the_head_never_holds_all_logits(monkeypatch):
     kept, rows = [], []
     head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-        logps, entropy = token_logps(hidden, targets, head)
+        logps, entropy = token_logps(hidden, targets, head, with_entropy=True)
     (logps.sum() + entropy.sum()).backward()
     assert all(50 not in shape for shape in kept), kept
     assert rows == [4, 4, 4, 4, 4, 3] + rows[6:] and len(rows) == 12 and max(rows) == 4
@@ -206,7 +236,7 @@ def test_the_head_never_holds_all_logits(monkeypatch):
 def test_bf16_scores_are_fp32():
     """The softmax runs in fp32 also over a bf16 head."""
     hidden, targets, head = head_inputs()
-    logps, entropy = token_logps(hidden.bfloat16(), targets, head.bfloat16())
+    logps, entropy = token_logps(hidden.bfloat16(), targets, head.bfloat16(), with_entropy=True)
     assert logps.dtype == entropy.dtype == torch.float32
     close(logps, F.log_softmax(head(hidden.bfloat16()).float(), -1)[torch.arange(23), targets], 1e-6)
 

@@ -205,22 +205,67 @@ def test_a_gradient_that_is_not_finite_is_skipped(one_vlm, bad):
     assert any(not torch.equal(w, weights[name]) for name, w in model.state_dict().items())
 
 
+def test_an_objective_of_ones_own(one_vlm):
+    """papo_step hands it everything by name, rewards included: one that only counts right answers has the gradient of
+    papo_loss with the others' advantages at zero; and the group's constants arrive as they are."""
+    model, processor = one_vlm
+    groups, config = make_groups(model, processor), PAPOConfig(**WEIGHTS, max_grad_norm=float("inf"))
+    for group in groups:
+        group.scores = [{"reward": float(i == 1)} for i in range(len(group.responses))]
+    seen = []
+
+    def only_right(config, advantages, rewards, **rest):
+        seen.append(rest)
+        return papo_loss(config, advantages=advantages * (rewards > 0.5), **rest)
+
+    optimizers = Recorder(model), Recorder(model)
+    papo_step(model, optimizers[0], config, groups, objective=only_right)
+    for group in groups:
+        group.advantages = group.advantages * torch.tensor([score["reward"] for score in group.scores])
+    papo_step(model, optimizers[1], config, groups)
+    for name, gradient in optimizers[0].grads.items():
+        assert torch.equal(gradient, optimizers[1].grads[name])
+    assert torch.equal(seen[0]["ref_logps"], groups[0].ref_logps)
+    assert seen[0].keys() == {
+        *("logps", "old_logps", "ref_logps", "masked_logps"),
+        *("response_mask", "entropy", "masked_entropy"),
+    }
+
+
+def test_mask_ratio_zero_makes_the_perception_kl_exactly_zero(one_vlm):
+    """Nothing is hidden: both passes see the same pixels, so the KL is 0 to the bit and its gradient too."""
+    model, processor = one_vlm
+    config = PAPOConfig(
+        gamma=0.5,
+        beta=0.0,
+        mask_ratio=0.0,
+        group_size=2,
+        max_new_tokens=4,
+        prompts_per_batch=3,
+        updates_per_batch=1,
+    )
+    groups, _ = roll_out(model, processor, config, iter(ROWS), torch.Generator().manual_seed(0))
+    for group in groups:
+        group.advantages = torch.zeros(2)
+    metrics = papo_step(model, Recorder(model), config, groups)
+    assert metrics["kl_prcp"] == 0.0 and metrics["grad_norm"] == 0.0
+
+
 def test_no_groups(one_vlm):
     with pytest.raises(ValueError, match="at least one group"):
         papo_step(one_vlm[0], None, PAPOConfig(), [])
 
 
-def test_the_first_update_has_ratio_one(one_vlm, monkeypatch):
+def test_the_first_update_has_ratio_one(one_vlm):
     """Without old_logps pi_old is pi_theta: the ratio is exactly 1 and constant, yet the policy gradient flows."""
     model, processor = one_vlm
     groups, seen = make_groups(model, processor, constants=False), []
 
-    def spy(config, logps, old_logps, *args):
+    def spy(config, logps, old_logps, **rest):
         seen.append((logps, old_logps))
-        return papo_loss(config, logps, old_logps, *args)
+        return papo_loss(config, logps, old_logps, **rest)
 
-    monkeypatch.setattr(papo, "papo_loss", spy)
-    metrics = papo_step(model, Recorder(model), PAPOConfig(gamma=0, beta=0), groups)
+    metrics = papo_step(model, Recorder(model), PAPOConfig(gamma=0, beta=0), groups, objective=spy)
     assert len(seen) == 2 and all(
         torch.equal(logps, old) and logps.requires_grad and not old.requires_grad for logps, old in seen
     )
