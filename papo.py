@@ -242,20 +242,16 @@ def fit_image(processor, image):
 
     image: PIL, or a path, URL or data URL. Returns a new RGB image.
     Raises ValueError for an image more than 200 times longer than wide."""
-    settings, image = (
-        processor.image_processor,
+    image, settings = (
         to_rgb(load_image(image) if isinstance(image, str) else image),
+        processor.image_processor,
     )
-    rule = functools.partial(
-        smart_resize,
-        factor=settings.patch_size * settings.merge_size,
-        min_pixels=settings.size["shortest_edge"],
-        max_pixels=settings.size["longest_edge"],
-    )
-    # The rule is applied until it changes nothing. With bounds too near to each other two sizes lead to one another (one is
-    # too small, the other too large): then the smaller.
+    unit = settings.patch_size * settings.merge_size
+    bounds = settings.size["shortest_edge"], settings.size["longest_edge"]
+    # The usual rule is applied until it changes nothing. With bounds too near to each other two sizes lead to one another
+    # (one is too small, the other too large): then the smaller.
     sizes = [(image.height, image.width)]
-    while (following := rule(*sizes[-1])) not in sizes:
+    while (following := tuple(max(unit, x) for x in smart_resize(*sizes[-1], unit, *bounds))) not in sizes:
         sizes.append(following)
     height, width = min(sizes[sizes.index(following) :])
     return image.resize((width, height))
