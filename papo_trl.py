@@ -9,6 +9,7 @@ Without --model and --dataset it trains the embedded world: `torchrun --nproc_pe
 """
 
 import io
+import os
 import random
 import sys
 from collections import Counter
@@ -18,7 +19,6 @@ from statistics import mean
 
 import datasets
 import torch
-from accelerate import PartialState
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
@@ -116,9 +116,7 @@ class PAPOTrainer(GRPOTrainer):
                 pixels = torch.cat(inputs["masked_pixels"])  # (patches, channels x time x patch^2)
                 masked_logps, masked_entropy = self.score(model, inputs, pixels, config.eta2)
         advantages = inputs["advantages"]  # (B,)
-        if (
-            "importance_sampling_ratio" in inputs
-        ):  # vLLM's correction of the policy term, one factor a response
+        if "importance_sampling_ratio" in inputs:  # vLLM's, one factor a response, for its policy term
             advantages = advantages * inputs["importance_sampling_ratio"][:, 0]
         loss, metrics = papo.papo_loss(
             config,
@@ -259,7 +257,8 @@ def parse_args(argv=None):
         per_device_train_batch_size=8 if run.model else 32,
         per_device_eval_batch_size=4 * config.group_size,
         gradient_checkpointing=bool(run.model),
-        bf16=PartialState().device.type == "cuda",  # the passes; weights are fp32
+        use_cpu=not torch.cuda.is_available(),  # else accelerate takes several processes for one
+        bf16=torch.cuda.is_available(),  # the passes; weights are fp32
         lr_scheduler_type="constant",
         ddp_find_unused_parameters=False,
         num_train_epochs=2,
@@ -271,7 +270,7 @@ def parse_args(argv=None):
         save_steps=run.save_every * updates,
     )
     per_device = parser.parse_args(rest).per_device_train_batch_size
-    parser.set_defaults(**trl_settings(config, per_device, PartialState().num_processes))
+    parser.set_defaults(**trl_settings(config, per_device, int(os.environ.get("WORLD_SIZE", 1))))
     [args] = parser.parse_args_into_dataclasses(rest)
     return config, run, args
 
@@ -281,7 +280,7 @@ def load_model(run, args):
     if not run.model:
         torch.set_num_threads(1)  # tensors this small lose by a second core
         run.model = f"{run.out}/start"
-        if PartialState().is_main_process:
+        if args.process_index == 0:
             for part in toy.warm_start(digits=run.digits, seed=args.seed):
                 part.save_pretrained(run.model)
     processor = AutoProcessor.from_pretrained(run.model)
@@ -357,7 +356,7 @@ def main(argv=None):
     try:
         config, run, args = parse_args(argv)
         check_settings(config, args)
-        with PartialState().main_process_first():  # the others find what it has written
+        with args.main_process_first():  # the others find what it has written
             model, processor = load_model(run, args)
             rows, held_out = load_rows(run, args, processor)
     except (ValueError, OSError) as error:

@@ -2,6 +2,7 @@
 
 As a script (`torchrun --nproc_per_node 2 tests/test_trl.py FOLDER`) it is one process of a test's training run."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -226,7 +227,11 @@ def test_without_papos_terms_it_is_trls_own_loss(saved, aggregation, loss_type):
     trainer = make_trainer(saved, config, use_bias_correction_kl=False)
     _, batch = sampled_batch(trainer)
     assert "masked_pixels" not in batch
+    batch["importance_sampling_ratio"] = torch.rand(
+        12, 1, generator=torch.Generator().manual_seed(0)
+    )  # as vLLM's
     loss = trainer._compute_loss(trainer.model, batch)
+    trainer.use_vllm = True
     trainer.loss_type, trainer.epsilon_low, trainer.epsilon_high = (
         loss_type,
         config.clip_low,
@@ -257,7 +262,7 @@ def launch(script, *arguments):
         script,
         *map(str, arguments),
     ]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -300,13 +305,18 @@ def test_prompts_and_pixels_are_encode_prompts(vlm, tmp_path, monkeypatch):
     """On three architectures; the masked pixels too."""
     for part in vlm:
         part.save_pretrained(tmp_path)
-    mask_patches, masked_images = papo.mask_patches, []
-    monkeypatch.setattr(
-        papo, "mask_patches", lambda *args: masked_images.append(mask_patches(*args)) or masked_images[-1]
-    )
+    mask_patches, masked_images, patch_sizes = papo.mask_patches, [], set()
+
+    def spy(image, ratio, patch_size, generator):
+        masked_images.append(mask_patches(image, ratio, patch_size, generator))
+        patch_sizes.add(patch_size)
+        return masked_images[-1]
+
+    monkeypatch.setattr(papo, "mask_patches", spy)
     trainer = make_trainer(tmp_path, PAPOConfig(**SIZES))
     rows, batch = sampled_batch(trainer)
     assert len(masked_images) == 3  # one mask a group
+    assert patch_sizes == {trainer.processing_class.image_processor.patch_size}  # 14, and Qwen3-VL's 16
     pixels = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
     for i, row in enumerate(rows):
         original = picture(row["row"], 60 + 20 * row["row"], 90)  # not fitted yet
@@ -455,3 +465,36 @@ def test_two_processes_train_and_train_small_evaluates(warm_start, tmp_path, cap
     assert (
         abs(accuracy - again) < 0.1
     )  # 192 samples each of the same policy: four deviations of the difference
+
+
+@pytest.mark.big
+def test_training_is_train_smalls():
+    """Three seeds of the embedded world end within the spread of train_small.py's eight, and results/trl.png shows both.
+
+    `pytest -m big -k train_smalls` draws it; runs/trl-seedN that are there are not repeated."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    ends, figure = {"train_small.py": [], "papo_trl.py": []}, plt.figure(figsize=(5, 3.5))
+    for path in sorted((ROOT / "results" / "runs").glob("papo-g-seed*.jsonl.gz")):
+        lines = [json.loads(line) for line in gzip.open(path, "rt")]
+        curve = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
+        ends["train_small.py"].append(curve[-1][1])
+        plt.plot(*zip(*curve), color="0.7", label="train_small.py, 8 seeds" if path.name[11] == "0" else None)
+    for seed in range(3):
+        out = ROOT / "runs" / f"trl-seed{seed}"
+        if not (out / "checkpoint-80").exists():
+            launch("papo_trl.py", "--seed", seed, "--out", out)
+        log = json.loads((out / "checkpoint-80" / "trainer_state.json").read_text())["log_history"]
+        curve = [(line["step"] / 2, line["eval_accuracy"]) for line in log if "eval_accuracy" in line]
+        ends["papo_trl.py"].append(curve[-1][1])
+        plt.plot(*zip(*curve), color="C0", label="papo_trl.py, 3 seeds" if seed == 0 else None)
+    plt.xlabel("step")
+    plt.ylabel("held-out accuracy")
+    plt.legend()
+    figure.tight_layout()
+    figure.savefig(ROOT / "results" / "trl.png", dpi=120)
+    small = ends["train_small.py"]
+    assert all(min(small) <= end <= max(small) for end in ends["papo_trl.py"]), ends
