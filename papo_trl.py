@@ -1,10 +1,12 @@
-"""PAPO on more than one GPU: papo.py's objective inside TRL's trainer, `accelerate launch papo_trl.py --gamma 0.02`.
+"""PAPO on more than one GPU: papo.py's objective inside TRL's trainer, `accelerate launch papo_trl.py
+--gamma 0.02`.
 
-    1. PAPO             PAPOTrainer: papo.py's prompt, masked image, reward, advantages and loss in place of TRL's own
+    1. PAPO             PAPOTrainer: papo.py's prompt, masked image, reward, advantages and loss
     2. TRL's plumbing   what PAPOConfig says in TRL's words; what TRL cannot do is refused
     3. the program      flags named as in train_small.py, and any flag of TRL's GRPOConfig; model, data, main
 
-TRL brings the rest: processes, sharding, sampling (its own or vLLM's), the reference policy, optimizer, logs, checkpoints.
+TRL brings the rest: processes, sharding, sampling (its own or vLLM's), the reference policy, optimizer,
+logs, checkpoints.
 Without --model and --dataset it trains the embedded world: `torchrun --nproc_per_node 2 papo_trl.py`.
 """
 
@@ -35,7 +37,8 @@ from papo import PAPOConfig, option
 class PAPOTrainer(GRPOTrainer):
     """GRPOTrainer with PAPO's objective. B: responses in one forward pass of one process.
 
-    model: loaded from a hub name or folder, where TRL finds the reference policy again. kwargs: GRPOTrainer's others, so
+    model: loaded from a hub name or folder, where TRL finds the reference policy again. kwargs:
+    GRPOTrainer's others, so
     train_dataset with rows of images (one, as fit_image leaves it), problem, answer, row (its number).
     Raises ValueError for settings that TRL cannot do or that contradict config (see check_settings)."""
 
@@ -66,7 +69,8 @@ class PAPOTrainer(GRPOTrainer):
         return self.rewards
 
     def _generate_and_score_completions(self, inputs):
-        """Sample with PAPO's prompts; add its advantages and, for each response, the pixels of its masked image."""
+        """Sample with PAPO's prompts; add its advantages and, for each response, the pixels of its masked
+        image."""
         prompts = [{**row, "prompt": papo.chat_messages(row["problem"])} for row in inputs]
         batch = super()._generate_and_score_completions(prompts)
         if self.model.training:  # evaluation wants the rewards only
@@ -83,7 +87,8 @@ class PAPOTrainer(GRPOTrainer):
         return batch
 
     def masked_pixels(self, row):
-        """(patches, channels x time x patch^2). Seeded by step and row: a group has one mask on all processes."""
+        """(patches, channels x time x patch^2). Seeded by step and row: a group has one mask on all
+        processes."""
         seed = random.Random(f"{self.args.seed} {self.state.global_step} {row['row']}").getrandbits(63)
         generator = torch.Generator().manual_seed(seed)
         image = papo.mask_patches(row["images"][0], self.papo.mask_ratio, self.papo.patch_size, generator)
@@ -91,7 +96,8 @@ class PAPOTrainer(GRPOTrainer):
         return pixels.to(self.accelerator.device)
 
     def score(self, model, inputs, pixels, weight):
-        """Log-probs and, unless they are to be sampled ones, entropies of the responses: (B, T), (B, T) or None."""
+        """Log-probs and, unless they are to be sampled ones, entropies of the responses: (B, T), (B, T) or
+        None."""
         logps, entropy, _ = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1),  # (B, P + T)
@@ -108,7 +114,8 @@ class PAPOTrainer(GRPOTrainer):
         return logps, entropy
 
     def _compute_loss(self, model, inputs):
-        """papo_loss of B responses, weighted so that the gradient is that of one mean over the whole update."""
+        """papo_loss of B responses, weighted so that the gradient is that of one mean over the whole
+        update."""
         config, masked_logps, masked_entropy = self.papo, None, None
         logps, entropy = self.score(model, inputs, inputs["pixel_values"], config.eta1)
         if "masked_pixels" in inputs:
@@ -136,7 +143,8 @@ class PAPOTrainer(GRPOTrainer):
         return loss * self.share(inputs["completion_mask"])
 
     def share(self, response_mask):
-        """What this mean counts in the update's, given that TRL adds up micro-batches and averages over processes."""
+        """What this mean counts in the update's, given that TRL adds up micro-batches and averages over
+        processes."""
         accumulation = self.args.gradient_accumulation_steps
         if self.papo.aggregation == "sequence":
             return 1 / accumulation
@@ -156,7 +164,8 @@ class PAPOTrainer(GRPOTrainer):
 
 # What TRL's own loss or papo.py's own loop would read: without effect here, so refused.
 NO_EFFECT = (
-    "loss_type epsilon epsilon_high delta importance_sampling_level scale_rewards reward_weights entropy_coef "
+    "loss_type epsilon epsilon_high delta importance_sampling_level scale_rewards reward_weights "
+    "entropy_coef "
     "multi_objective_aggregation use_adaptive_entropy top_entropy_quantile off_policy_mask_threshold "
     "max_redraws prompts_per_sample tokens_per_forward"
 ).split()
@@ -168,7 +177,8 @@ def trl_settings(config, per_device, processes):
     accumulation, rest = divmod(responses, per_device * processes * config.updates_per_batch)
     if rest:
         raise ValueError(
-            f"{responses} responses do not split into {config.updates_per_batch} updates on {processes} processes in "
+            f"{responses} responses do not split into {config.updates_per_batch} updates "
+            f"on {processes} processes in "
             f"passes of {per_device}: set --per_device_train_batch_size"
         )
     same = ("temperature", "top_p", "beta", "learning_rate", "weight_decay", "max_grad_norm")
@@ -181,7 +191,8 @@ def trl_settings(config, per_device, processes):
 
 
 def check_settings(config, args):
-    """Raises ValueError for what TRL cannot do, for settings without effect, and where args contradict config."""
+    """Raises ValueError for what TRL cannot do, for settings without effect, and where args contradict
+    config."""
     if config.dynamic_sampling:
         raise ValueError("TRL has no dynamic sampling: DAPO and PAPO-D train with train_small.py")
     if args.use_vllm and args.vllm_importance_sampling_mode.startswith("token"):
@@ -236,7 +247,8 @@ class Parser(HfArgumentParser):
 
 
 def parse_args(argv=None):
-    """PAPO's flags are read first, TRL's from what is left: both know a --learning_rate. -> config, run, args"""
+    """PAPO's flags are read first, TRL's from what is left: both know a --learning_rate. -> config, run,
+    args"""
     parser = Parser([PAPOConfig, RunFlags], description=__doc__.split("\n")[0], allow_abbrev=False)
     first, _ = parser.parse_known_args(argv)
     if first.preset:

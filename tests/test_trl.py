@@ -1,6 +1,7 @@
 """papo_trl.py: papo.py's objective under TRL's trainer is papo.py's objective, on one process and on two.
 
-As a script (`torchrun --nproc_per_node 2 tests/test_trl.py FOLDER`) it is one process of a test's training run."""
+As a script (`torchrun --nproc_per_node 2 tests/test_trl.py FOLDER`) it is one process of a test's training
+run."""
 
 import gzip
 import json
@@ -29,7 +30,7 @@ from papo_trl import PAPOTrainer, trl_settings
 ROOT = Path(__file__).parent.parent
 SIZES = dict(
     group_size=4, prompts_per_batch=3, updates_per_batch=1, max_new_tokens=6
-)  # 12 responses an update
+)  # 12 responses an update, not clipped
 LEARNING_RATE = 0.5  # of plain SGD, so that an update is the gradient
 
 
@@ -54,7 +55,8 @@ def make_rows(processor):
 
 
 class FixedSamples(PAPOTrainer):
-    """Responses and rewards that depend on a response's number in the whole batch only, not on the number of processes."""
+    """Responses and rewards that depend on a response's number in the whole batch only, not on the number
+    of processes."""
 
     def _generate_single_turn(self, prompt_ids, *args):
         start = self.accelerator.process_index * len(prompt_ids)
@@ -134,7 +136,8 @@ def saved(one_vlm, tmp_path):
 
 
 def sampled_batch(trainer):
-    """(inputs, batch): the first three questions, four responses each, in the order of the rows, and pi_old and pi_ref
+    """(inputs, batch): the first three questions, four responses each, in the order of the rows, and pi_old
+    and pi_ref
     somewhat off."""
     rows = [trainer.train_dataset[i] for i in range(3) for _ in range(trainer.papo.group_size)]
     batch = trainer._generate_and_score_completions(rows)
@@ -168,7 +171,8 @@ def assert_same(a, b, tolerance):
 
 
 def papo_reference(trainer, rows, batch):
-    """The loss as papo.py itself computes it from the same responses: a group a row, its own scoring, its own average."""
+    """The loss as papo.py itself computes it from the same responses: a group a row, its own scoring, its
+    own average."""
     config, model = trainer.papo, trainer.model
     exact = config.entropy_estimate == "exact"
     columns = {name: [] for name in ("logps", "entropy", "masked_logps", "masked_entropy")}
@@ -268,7 +272,8 @@ def launch(script, *arguments):
 
 
 def test_processes_and_accumulation_change_nothing(saved):
-    """An update of 12 responses of three questions, in one pass; in three; in two processes, with a group in both. A mask of
+    """An update of 12 responses of three questions, in one pass; in three; in two processes, with a group
+    in both. A mask of
     its own for each process, or a mean of means where lengths differ, would show."""
     launch("tests/test_trl.py", saved)
     ranks = [torch.load(saved / f"rank{rank}.pt") for rank in range(2)]
@@ -287,7 +292,8 @@ def test_processes_and_accumulation_change_nothing(saved):
 
 
 def test_token_average_is_exact_at_several_updates(saved):
-    """TRL shuffles a batch over its updates, which then differ in tokens: each micro-batch's share is that in its own update."""
+    """TRL shuffles a batch over its updates, which then differ in tokens: each micro-batch's share is that
+    in its own update."""
     config = PAPOConfig(aggregation="token", **SIZES | dict(updates_per_batch=2))
     trainer = make_trainer(saved, config, per_device=3)
     rows = [trainer.train_dataset[i] for i in range(3) for _ in range(4)]
@@ -388,7 +394,8 @@ def test_one_line_and_exit_code_2(argv, reason, capsys, tmp_path):
 
 @pytest.mark.parametrize("name", ["eta1", "eta2"])
 def test_an_entropy_without_gradient_is_refused(saved, name):
-    """Versions of TRL before 1.16 compute entropies under no_grad: a weight on them would do nothing, silently."""
+    """Versions of TRL before 1.16 compute entropies under no_grad: a weight on them would do nothing,
+    silently."""
     trainer = make_trainer(saved, PAPOConfig(**{name: 0.1}, **SIZES))
     _, batch = sampled_batch(trainer)
     trainer._compute_loss(trainer.model, batch)
@@ -405,7 +412,8 @@ def test_an_entropy_without_gradient_is_refused(saved, name):
 
 def test_flags():
     """PAPO's names where both have one, dashes or underscores, and TRL's for the rest."""
-    argv = "--learning-rate 3e-4 --gamma 0.3 --steps 5 --warmup_steps 7 --per_device_train_batch_size 16 --use_cpu"
+    argv = "--learning-rate 3e-4 --gamma 0.3 --steps 5 --warmup_steps 7 --per_device_train_batch_size 16"
+    argv += " --use_cpu"
     config, run, args = papo_trl.parse_args(argv.split())
     assert (config.gamma, config.learning_rate, args.learning_rate, args.warmup_steps) == (0.3, 3e-4, 3e-4, 7)
     assert (args.max_steps, args.gradient_accumulation_steps, args.steps_per_generation) == (10, 4, 8)
@@ -439,10 +447,12 @@ def test_data_set_formats(saved):
 
 
 def test_two_processes_train_and_train_small_evaluates(warm_start, tmp_path, capsys):
-    """The README's command, shorter: its checkpoint loads, and train_small.py --eval-only finds the accuracy TRL logged."""
+    """The README's command, shorter: its checkpoint loads, and train_small.py --eval-only finds the
+    accuracy TRL logged."""
     import train_small
 
-    flags = "--steps 1 --prompts-per-batch 4 --updates_per_batch 1 --per_device_train_batch_size 16 --eval_size 24"
+    flags = "--steps 1 --prompts-per-batch 4 --updates_per_batch 1 --per_device_train_batch_size 16"
+    flags += " --eval_size 24"
     launch("papo_trl.py", *flags.split(), "--out", tmp_path, "--learning_rate", "1e-6")
     log = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())["log_history"]
     assert any(line.get("kl_prcp", 0) > 0 for line in log)
@@ -469,7 +479,8 @@ def test_two_processes_train_and_train_small_evaluates(warm_start, tmp_path, cap
 
 @pytest.mark.big
 def test_training_is_train_smalls():
-    """Three seeds of the embedded world end within the spread of train_small.py's eight, and results/trl.png shows both.
+    """Three seeds of the embedded world end within the spread of train_small.py's eight, and
+    results/trl.png shows both.
 
     `pytest -m big -k train_smalls` draws it; runs/trl-seedN that are there are not repeated."""
     import matplotlib
