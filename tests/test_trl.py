@@ -29,7 +29,7 @@ from papo_trl import PAPOTrainer, trl_settings
 
 ROOT = Path(__file__).parent.parent
 SIZES = dict(
-    group_size=4, prompts_per_batch=3, updates_per_batch=1, max_new_tokens=6
+    group_size=4, prompts_per_batch=3, updates_per_batch=1, max_new_tokens=6, max_grad_norm=1e9
 )  # 12 responses an update, not clipped
 LEARNING_RATE = 0.5  # of plain SGD, so that an update is the gradient
 
