@@ -257,11 +257,9 @@ def fit_image(processor, image):
     return image.resize((width, height))
 
 
-def encode_prompt(processor, question: str, image) -> Prompt:
-    """Chat-format one question about one image, ending where the assistant's answer begins.
+def chat_messages(question: str) -> list[dict]:
+    """The question as the one user message of a chat, the image where the question says `<image>`, or else first.
 
-    question: may say with `<image>` where the image stands; without it the image comes first.
-    Returns a mapping: input_ids (1, P), pixel_values (patches, channels x time x patch^2), image_grid_thw (1, 3), ...
     Raises ValueError if the question names several images or holds a special token such as <|im_end|>."""
     if question.count("<image>") > 1:
         raise ValueError(f"a question may hold one <image>, this one has {question.count('<image>')}")
@@ -271,9 +269,14 @@ def encode_prompt(processor, question: str, image) -> Prompt:
     content = [{"type": "image"}, {"type": "text", "text": after + PROMPT_SUFFIX}]
     if before:
         content.insert(0, {"type": "text", "text": before})
-    text = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
+    return [{"role": "user", "content": content}]
+
+
+def encode_prompt(processor, question: str, image) -> Prompt:
+    """Chat-format one question about one image, ending where the assistant's answer begins; see chat_messages.
+
+    Returns a mapping: input_ids (1, P), pixel_values (patches, channels x time x patch^2), image_grid_thw (1, 3), ..."""
+    text = processor.apply_chat_template(chat_messages(question), tokenize=False, add_generation_prompt=True)
     return processor(text=[text], images=[fit_image(processor, image)], do_resize=False, return_tensors="pt")
 
 
