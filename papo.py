@@ -1004,7 +1004,7 @@ def papo_step(model, optimizer, config, groups, objective=papo_loss):
 
     Each group is one forward pass (or several, see split_group) and one backward pass; gradients add up. A part's loss is
     weighted by its share of the batch's average, so loss and gradient do not depend on the split. After
-    model.activation_checkpointing_enable() the layers' activations are recomputed in backward instead of kept. An update
+    model.gradient_checkpointing_enable() the layers' activations are recomputed in backward instead of kept. An update
     whose gradient is not finite is skipped: one bad batch must not destroy the weights."""
     if not groups:
         raise ValueError("papo_step needs at least one group")

@@ -40,9 +40,11 @@ import toy
 from papo import (
     PAPOConfig,
     encode_prompt,
+    end_tokens,
     fit_image,
     mask_patches,
     option,
+    papo_loss,
     papo_step,
     roll_out,
     sample_and_grade,
@@ -582,6 +584,7 @@ class Trainer:
         self.rows = RowStream(rows, run.seed)
         self.generator = torch.Generator().manual_seed(run.seed)
         self.seconds, self.memory, self.phase_name = {}, {}, "set-up"
+        self.objective = papo_loss  # what papo_step minimises; your own may take its place
         if run.freeze_vision:
             model.model.visual.requires_grad_(False)
         self.adapter = None
@@ -599,7 +602,7 @@ class Trainer:
         frozen = copy.deepcopy(model).requires_grad_(False) if config.beta and not run.lora else None
         self.reference = self.without_adapter if run.lora else lambda: nullcontext(frozen)
         if run.gradient_checkpointing:
-            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         settings = dict(
             lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
         )
@@ -642,13 +645,13 @@ class Trainer:
                 score_constants(self.model, self.reference, config, groups)
             with self.phase("update"):
                 updates = [
-                    papo_step(self.model, self.optimizer, config, part)
+                    papo_step(self.model, self.optimizer, config, part, self.objective)
                     for part in split_batch(config, groups)
                 ]
         self.steps_done += 1
         scores = [score for group in groups for score in group.scores]
         responses = [o for group in groups for o in group.responses]  # LongTensors (<= T,)
-        end, longest = self.processor.tokenizer.eos_token_id, config.max_new_tokens
+        ends, longest = end_tokens(self.model, self.processor), config.max_new_tokens
         metrics = {
             "step": self.steps_done,
             **{name: mean(s[name] for s in scores) for name in ("reward", "accuracy", "format") if scores},
@@ -660,7 +663,7 @@ class Trainer:
             "mixed": sum(group.mixed for group in groups),
             "redraws": redraws,
             "response_tokens": mean(map(len, responses)) if groups else 0.0,
-            "cut_fraction": mean(len(o) == longest and o[-1].item() != end for o in responses)
+            "cut_fraction": mean(len(o) == longest and o[-1].item() not in ends for o in responses)
             if groups
             else math.nan,
         }

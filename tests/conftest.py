@@ -188,7 +188,7 @@ def _lend(model, processor):
     config = model.generation_config
     yield model, processor
     model.load_state_dict(weights)
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     model.set_attn_implementation("sdpa")
     model.generation_config = config
     model.model.rope_deltas = None

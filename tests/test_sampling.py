@@ -214,7 +214,7 @@ def test_training_mode_and_checkpointing(vlm):
     )
     expected = draw()
     assert not model.training
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     assert same(draw(), expected) and model.training and model.model.training
 

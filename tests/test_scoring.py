@@ -36,7 +36,7 @@ def test_group_row_equals_one_stock_forward_per_response(vlm, lengths, temperatu
     calls = []
     if checkpointing:
         model.train()
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     inner = model.model.language_model.layers[0].mlp  # part of a layer: runs again if the layer is recomputed
     hook = inner.register_forward_pre_hook(lambda *_: calls.append(1))
     logps, mask, entropy = group_logps(model, prompt, responses, temperature, with_entropy=True)

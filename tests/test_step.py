@@ -119,7 +119,7 @@ def test_several_architectures_and_checkpointing(vlm):
     whole_batch(model, config, groups)[0].backward()
     grads = {name: p.grad.clone() for name, p in model.named_parameters()}
     norm = torch.stack([g.norm() for g in grads.values()]).norm().item()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = Recorder(model)
     papo_step(model, optimizer, config, groups)
     for name in grads:
