@@ -121,6 +121,11 @@ class PAPOConfig:
         "sequence",
         "average over tokens: sequence = mean of per-response means (Eq. 2), token = one mean over all (Eq. 3)",
     )
+    gated: bool = option(
+        False,
+        "ours: pay the perception KL only in responses of positive advantage, for tokens the picture makes likelier; "
+        "typical gamma with it 3 to 30",
+    )
     masked_grad: Literal["detached", "entropy", "full"] = option(
         None,
         "which terms send gradient through the masked pass: detached = none, entropy = H[pi_mask], full = also the "
@@ -788,6 +793,16 @@ def kl_k3(logps, other_logps):
     return (log_x.expm1() - log_x).clamp(max=10)  # (B, T) expm1: exp(x) - 1 would drown a small x in rounding
 
 
+def perception_gate(logps, masked_logps, advantages):
+    """Where the perception KL of a gated run is paid: A > 0 and pi > pi_mask.  (Ours; not in [1] or [2].)
+
+    logps, masked_logps (B, T), advantages (B,) -> (B, T) bool. k3's derivative, 1 - pi_mask/pi, pushes tokens both ways, in
+    right and wrong responses alike. What passes the gate pushes only upwards, by less than gamma, only tokens of a
+    better response: no token moves against its advantage, whatever gamma is, and equal rewards pay nothing."""
+    check_shapes(logps=(logps, "B T"), masked_logps=(masked_logps, "B T"), advantages=(advantages, "B"))
+    return (advantages[:, None] > 0) & (logps > masked_logps)  # (B, T)
+
+
 def aggregate(per_token, response_mask, mode):
     """Average over response tokens. (B, T), (B, T) -> scalar.
 
@@ -845,7 +860,8 @@ def papo_loss(
     check_shapes(
         **{name: (x, "B T") for name, x in given.items() if x is not None}, advantages=(advantages, "B")
     )
-    if masked_logps is None and (config.gamma or config.eta2):
+    pays = config.gamma and (not config.gated or (advantages > 0).any())
+    if masked_logps is None and (pays or config.eta2):
         raise ValueError("gamma or eta2 is not 0: papo_loss needs masked_logps")
     if ref_logps is None and config.beta:
         raise ValueError("beta is not 0: papo_loss needs ref_logps")
@@ -864,7 +880,10 @@ def papo_loss(
         if config.masked_grad == "detached":
             masked_entropy = masked_entropy.detach()  # (B, T)
         kl_target = masked_logps if config.masked_grad == "full" else masked_logps.detach()  # (B, T)
-        terms.append(("kl_prcp", -config.gamma, mean(kl_k3(logps, kl_target))))  # minus: this KL is to grow
+        kl = kl_k3(logps, kl_target)  # (B, T)
+        if config.gated:
+            kl = kl * perception_gate(logps, masked_logps, advantages)  # (B, T)
+        terms.append(("kl_prcp", -config.gamma, mean(kl)))  # minus: this KL is to grow
         terms.append(("masked_entropy", config.eta2, mean(masked_entropy)))
 
     loss = sum(weight * term for _, weight, term in terms if weight)
@@ -948,6 +967,8 @@ def roll_out(model, processor, config, rows, generator):
             break
     if config.gamma or config.eta2:
         for group in groups:  # one fresh mask per question and step, shared by its group
+            if config.gated and not config.eta2 and not group.advantages.any():
+                continue  # equal rewards: nothing is paid
             image = fit_image(processor, group.row["images"][0])
             group.masked_image = mask_patches(image, config.mask_ratio, config.patch_size, masking)
             group.masked_prompt = prepare(model, mask_prompt(processor, group.prompt, group.masked_image))
@@ -1048,11 +1069,20 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
         entropy=entropy[0] if exact else None,
     )
     if group.masked_prompt is not None:
-        with torch.set_grad_enabled(config.masked_grad != "detached"):
-            masked_logps, _, *masked_entropy = group_logps(
-                model, group.masked_prompt, responses, config.temperature, exact
-            )  # (G, T) each
-        given |= dict(masked_logps=masked_logps, masked_entropy=masked_entropy[0] if exact else None)
+        paid = given["advantages"] > 0  # (G,)
+        # A gated KL reads the paid responses alone, an entropy all of them.
+        scored = paid if config.gated and not config.eta2 else torch.ones_like(paid)  # (G,)
+        if scored.any():
+            with torch.set_grad_enabled(config.masked_grad != "detached"):
+                chosen = [o for o, wanted in zip(responses, scored) if wanted]
+                seen, _, *entropies = group_logps(
+                    model, group.masked_prompt, chosen, config.temperature, exact
+                )
+            # A response that is not scored keeps 0, which nothing reads: its advantage closes the gate.
+            fill = lambda x: torch.zeros_like(logps).masked_scatter(  # (scored, T) -> (G, T)
+                scored[:, None], F.pad(x, (0, T - x.shape[1]))
+            )
+            given |= dict(masked_logps=fill(seen), masked_entropy=fill(entropies[0]) if exact else None)
     loss, metrics = objective(config, **given)
     count = len(responses) if config.aggregation == "sequence" else int(response_mask.sum())
     return loss, metrics, count

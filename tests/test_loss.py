@@ -650,3 +650,55 @@ def test_glossary_names_exist():
     assert len(functions) >= 7 and all(callable(getattr(papo, name)) for name in functions)
     for mode in re.findall(r'^    "(\w+)"', header.split("WHAT CARRIES GRADIENT")[1].split("\n\n")[0], re.M):
         PAPOConfig(masked_grad=mode)
+
+
+# --- gated -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pi, pi_mask, advantage, paid",
+    [
+        (0.8, 0.2, 1.5, True),
+        (0.2, 0.8, 1.5, False),  # the picture speaks against the token
+        (0.8, 0.2, -0.5, False),  # a worse response
+        (0.8, 0.2, 0.0, False),  # equal rewards
+        (0.5, 0.5, 1.0, False),
+    ],
+)
+def test_perception_gate_by_hand(pi, pi_mask, advantage, paid):
+    """Open where A > 0 and pi > pi_mask, and nowhere else."""
+    gate = papo.perception_gate(f64([pi]).log(), f64([pi_mask]).log(), f64(advantage))
+    assert gate.tolist() == [[paid]]
+
+
+@pytest.mark.parametrize("gamma", [0.3, 3.0, 1000.0])
+@pytest.mark.parametrize("aggregation", ["sequence", "token"])
+def test_a_gated_kl_pushes_no_token_against_its_advantage(gamma, aggregation):
+    """At ratio 1 a token's push is A + gamma max(0, 1 - pi_mask/pi) where A > 0, else A alone; without the gate some turn."""
+    inputs = random_inputs(3, exact=True)
+    counts = MASK.sum(1)
+    share = {"sequence": 1 / (counts * B)[:, None], "token": 1 / counts.sum()}[aggregation] * MASK
+
+    def push(**settings):
+        inputs["logps"] = inputs["old_logps"].clone().requires_grad_()
+        config = PAPOConfig(beta=0.0, aggregation=aggregation, **settings)
+        papo_loss(config, **inputs)[0].backward()
+        return -inputs["logps"].grad
+
+    pushes = push(gamma=gamma, gated=True)
+    for i, t in itertools.product(range(B), range(T)):
+        A, own, masked = (inputs[name][i].tolist() for name in ("advantages", "logps", "masked_logps"))
+        pay = gamma * max(0.0, 1 - math.exp(masked[t] - own[t])) if A > 0 else 0.0
+        assert pushes[i, t].item() == pytest.approx((A + pay) * share.expand(B, T)[i, t].item(), rel=1e-9)
+    assert ((push(gamma=1000.0) * inputs["advantages"][:, None] * MASK) < 0).any()
+
+
+def test_a_gated_kl_needs_no_masked_pass_where_nothing_is_paid():
+    """Without a positive advantage the loss is GRPO's, and no masked log-prob is asked for."""
+    inputs = random_inputs(3, exact=True)
+    del inputs["masked_logps"], inputs["masked_entropy"]
+    config = PAPOConfig(gamma=3.0, gated=True)
+    with pytest.raises(ValueError, match="needs masked_logps"):
+        papo_loss(config, **inputs)
+    inputs["advantages"] = -inputs["advantages"].abs()
+    close(papo_loss(config, **inputs)[0], papo_loss(PAPOConfig(gamma=0.0), **inputs)[0], 0)

@@ -144,6 +144,31 @@ def test_the_masked_pass_keeps_a_graph_only_if_needed(one_vlm, monkeypatch, mask
     assert seen == [(False, True, True), (True, graph, graph)]
 
 
+@pytest.mark.parametrize("eta2", [0.0, 0.4])
+def test_a_gated_run_scores_what_is_paid(one_vlm, monkeypatch, eta2):
+    """The gradient is that of every response scored under the mask; but without eta2 only those of positive advantage are."""
+    model, processor = one_vlm
+    groups = make_groups(model, processor)
+    config = PAPOConfig(**WEIGHTS | dict(eta2=eta2), gated=True, max_grad_norm=float("inf"))
+    for group, advantages in zip(groups, ([-1.0, 0.4, 0.6], [0.0, 0.0])):
+        group.advantages = torch.tensor(advantages)
+    masked, group_logps = [], papo.group_logps
+
+    def counting(model, prompt, responses, *rest):
+        masked.extend([len(o) for o in responses if any(prompt is group.masked_prompt for group in groups)])
+        return group_logps(model, prompt, responses, *rest)
+
+    monkeypatch.setattr(papo, "group_logps", counting)
+    optimizer = Recorder(model)
+    papo_step(model, optimizer, config, groups)
+    assert masked == ([2, 7] if not eta2 else [5, 2, 7, 1, 4])
+    whole_batch(model, config, groups)[0].backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    norm = torch.stack([g.norm() for g in grads.values()]).norm().item()
+    for name in grads:
+        torch.testing.assert_close(optimizer.grads[name], grads[name], rtol=1e-4, atol=1e-5 * norm, msg=name)
+
+
 def test_leftover_gradients_do_not_count(one_vlm):
     """Gradients from before the step are dropped, not added."""
     model, processor = one_vlm
