@@ -1084,5 +1084,7 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
             )
             given |= dict(masked_logps=fill(seen), masked_entropy=fill(entropies[0]) if exact else None)
     loss, metrics = objective(config, **given)
+    if config.gated and not config.eta2:
+        metrics.pop("masked_entropy", None)  # known of the paid responses alone
     count = len(responses) if config.aggregation == "sequence" else int(response_mask.sum())
     return loss, metrics, count

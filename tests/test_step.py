@@ -160,8 +160,9 @@ def test_a_gated_run_scores_what_is_paid(one_vlm, monkeypatch, eta2):
 
     monkeypatch.setattr(papo, "group_logps", counting)
     optimizer = Recorder(model)
-    papo_step(model, optimizer, config, groups)
+    metrics = papo_step(model, optimizer, config, groups)
     assert masked == ([2, 7] if not eta2 else [5, 2, 7, 1, 4])
+    assert metrics["kl_prcp"] > 0 and ("masked_entropy" in metrics) == bool(eta2)  # only what was measured
     whole_batch(model, config, groups)[0].backward()
     grads = {name: p.grad for name, p in model.named_parameters()}
     norm = torch.stack([g.norm() for g in grads.values()]).norm().item()
