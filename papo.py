@@ -1,59 +1,92 @@
-"""PAPO, Perception-Aware Policy Optimization: the whole algorithm in one file, in the order in which data flows.
+"""PAPO, Perception-Aware Policy Optimization: the whole algorithm in one file, in the order in which data
+flows.
 
-[1] Wang et al., "Perception-Aware Policy Optimization for Multimodal Reasoning", arXiv 2507.06448 (v5, ICLR 2026).
+[1] Wang et al., "Perception-Aware Policy Optimization for Multimodal Reasoning", arXiv 2507.06448 (v5, ICLR
+2026).
 [2] The authors' released code, github.com/MikeWangWZHL/PAPO.
+[3] Shao et al., "DeepSeekMath", arXiv 2402.03300 (GRPO).     [4] Yu et al., "DAPO", arXiv 2503.14476.
+[5] Schulman, "Approximating KL Divergence", joschu.net/blog/kl-approx.html, 2020.
+[6] Wang et al., "Qwen2-VL", arXiv 2409.12191 (M-RoPE).
 
-For a question with an image, sample a group of G responses and reward each. GRPO makes the better ones likelier. PAPO adds
-one idea: score the SAME responses once more with most of the image blacked out, and reward the policy for changing its
-mind. A policy that answers alike without the picture did not look at it. What is maximised (paper Eq. 2), per response token:
+For a question with an image, sample a group of G responses and reward each. GRPO [3] makes the better ones
+likelier. PAPO adds one idea: score the SAME responses once more with most of the image blacked out, and
+reward the policy for changing its mind. A policy that answers alike without the picture did not look at it.
+What is maximised (paper Eq. 2), per response token:
 
-    min(r A, clip(r, 1-eps_l, 1+eps_h) A)  - beta KL[pi || pi_ref]  + gamma KL[pi || pi_mask]  - eta1 H[pi]  - eta2 H[pi_mask]
-    clipped policy term                      reference KL             perception KL              double entropy
+      min(r A, clip(r, 1-eps_l, 1+eps_h) A)     clipped policy term
+    - beta  KL[pi || pi_ref]                    reference KL
+    + gamma KL[pi || pi_mask]                   perception KL
+    - eta1  H[pi]  -  eta2 H[pi_mask]           double entropy
 
 THE WAY OF THE DATA, which is the order of the sections below
     question, image, answer -> encode_prompt -> sample_groups -> compute_reward -> group_advantages
-                            -> mask_patches  -> encode_prompt -> group_logps x 2..4 -> papo_loss -> papo_step
+                            -> mask_patches  -> mask_prompt   -> group_logps x 2..4 -> papo_loss -> papo_step
 
-GLOSSARY (shapes: B responses, G group, T longest response, P prompt length, L row length, V vocabulary, H hidden width)
+GLOSSARY (shapes: B responses, G group, T longest response, P prompt length, L row length, V vocabulary,
+H hidden width; N: all response tokens of a group, one after the other)
     code name           symbol            shape    meaning
-    logps               log pi_theta(o)   (B, T)   log-probability of each sampled token under the policy being trained
+    logps               log pi_theta(o)   (B, T)   log-probability of each sampled token, trained policy
     old_logps           log pi_old(o)     (B, T)   the same under the policy that sampled it, constant
     ref_logps           log pi_ref(o)     (B, T)   the same under the frozen starting policy, constant
     masked_logps        log pi_mask(o)    (B, T)   the same under pi_theta looking at the masked image
-    entropy             H[pi_theta]       (B, T)   of the whole next-token distribution; masked_entropy: H[pi_mask]
-    response_mask       1 where t < |o|   (B, T)   1 on response tokens, the end-of-sequence token included; 0 on padding
+    entropy             H[pi_theta]       (B, T)   of the next-token distribution; masked_entropy: H[pi_mask]
+    response_mask       1 where t < |o|   (B, T)   1 on response tokens, the end token included; 0 on padding
     rewards             R                 (G,)     one number per response, here in [0, 1]
-    advantages          A                 (B,)     reward, standardised within its group; the same for all tokens of a response
-    clip_low, clip_high eps_l, eps_h      float    how far the ratio r = pi_theta / pi_old may pay; clip_dual: c
+    advantages          A                 (B,)     reward standardised within its group, for all its tokens
+    clip_low, clip_high eps_l, eps_h      float    how far r = pi_theta / pi_old may pay; clip_dual: c
     gamma, beta         gamma, beta       float    weight of the perception KL, of the reference KL
     eta1, eta2          eta_1, eta_2      float    weights of the two entropies
     mask_ratio          p                 float    probability that a patch is blacked out
     group_size          G                 int      responses per question
 
+WORDS
+    GRPO          policy gradient whose baseline is the mean reward of the question's own group [3]
+    DAPO          GRPO with one average over all tokens, a higher upper clip, and no group that is all right
+                  or all wrong [4]
+    on-policy     the responses come from the very policy that is being differentiated, so r = 1: a batch's
+                  first update
+    nat           unit of log-probabilities with the natural logarithm; 1 nat = a factor of 2.7
+    k1, k2, k3    Schulman's estimators of a KL from samples [5]
+    prefill       the one pass over the prompt; its keys and values are kept in the KV cache, so that every
+                  further token costs one position, not a whole row
+    M-RoPE        Qwen-VL's rotary positions: three numbers a token (time, height, width), so that an image
+                  patch knows its row and column; for text all three are the same [6]
+
 WHAT CARRIES GRADIENT (masked_grad, see papo_loss)
-    masked_grad   perception KL through pi   perception KL through pi_mask   H[pi]   H[pi_mask]
-    "detached"    yes                        no                              yes     no (a constant, as in the released code)
-    "entropy"     yes                        no                              yes     yes
-    "full"        yes                        yes (Eq. 2 as written)          yes     yes
-    pi_old and pi_ref never do. Rewards and advantages are plain numbers.
+    masked_grad   KL through pi   KL through pi_mask         H[pi]   H[pi_mask]
+    "detached"    yes             no                         yes     no: a constant, as in the released code
+    "entropy"     yes             no                         yes     yes
+    "full"        yes             yes: Eq. 2 as written      yes     yes
+    KL is the perception KL. pi_old and pi_ref never carry any. Rewards and advantages are plain numbers.
 
 WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
-     1. The k3 estimator uses r = other/pi, as [2] and Schulman. The r = pi/other printed in [1] is biased for samples of pi.
+     1. The k3 estimator uses x = other/pi, as [2] and [5]. The one printed in [1], with pi/other, is biased
+        for samples of pi.
      2. The perception KL is part of the scalar that is back-propagated; in the Qwen3 branch of [2] it is not.
-     3. H[pi_mask] can be trained ("entropy", "full"); in [2] it is scored without gradient, so eta2 changes nothing.
-     4. Entropies are exact sums over the vocabulary. [2] uses -log pi of the sampled tokens (here entropy=None): on-policy, its
-        expected gradient is zero for every token given its prefix. Averaged with 1/|o|, a pull towards shorter responses is
-        left, since a token's weight depends on the tokens after it. [1] prints log pi without the minus.
-     5. The perception KL treats pi_mask as a constant, as [2]. "full" is Eq. 2 of [1] to the letter, and easier to hack: the
-        network can raise the KL by answering nonsense to masked images.
-     6. aggregation="sequence" (mean of per-response means) is Eq. 2 and GRPO; "token" is Eq. 3 and DAPO, and what [2] uses.
-     7. Masking happens on the image as the vision tower sees it, so a patch is wholly black or untouched. [2] masks before the
-        processor resizes, which smears black into neighbours, and uses 14 px even where the patches have 16.
-     8. Log-ratios are clamped to +-20 and k3 to 10 as in [2]; [1] has no clamps. Beyond them the gradient is zero.
-     9. The reward is 0.9 accuracy + 0.1 format as in [2]; [1] says exact match. The accuracy check accepts more equal answers.
+     3. H[pi_mask] can be trained ("entropy", "full"); in [2] it is scored without gradient, so eta2 changes
+        nothing.
+     4. Entropies are exact sums over the vocabulary. [2] uses -log pi of the sampled tokens (here
+        entropy=None): on-policy, its expected gradient is zero for every token given its prefix. Averaged
+        with 1/|o|, a pull towards shorter responses is left, since a token's weight depends on the tokens
+        after it. [1] prints log pi without the minus.
+     5. The perception KL treats pi_mask as a constant, as [2]. "full" is Eq. 2 of [1] to the letter, and
+        easier to hack: the network can raise the KL by answering nonsense to masked images.
+     6. aggregation="sequence" (mean of per-response means) is Eq. 2 and GRPO; "token" is Eq. 3 and DAPO, and
+        what [2] uses.
+     7. Masking happens on the image as the vision tower sees it, so a patch is wholly black or untouched. [2]
+        masks before the processor resizes, which smears black into neighbours, and uses 14 px even where the
+        patches have 16.
+     8. Log-ratios are clamped to +-20 and k3 to 10 as in [2]; [1] has no clamps. Beyond them the gradient is
+        0.
+     9. The reward is 0.9 accuracy + 0.1 format as in [2]; [1] says exact match. The accuracy check accepts
+        more equal answers.
     10. The policy loss has the dual clip of [2] (for A < 0 at most c times |A|), which [1] leaves out.
-    11. Vision tokens are never sampled: in a response they would be taken for image positions. Scores keep the full vocabulary.
-    12. A whole group is scored as one row (see group_row): the same numbers, at G = 8 for a third of the cost or less.
+    11. Vision tokens are never sampled: in a response they would be taken for image positions. Scores keep
+        the full vocabulary.
+    12. A whole group is scored as one row (see group_row): the same numbers, for a fraction of the cost
+        wherever the prompt is longer than the responses.
+    13. gated=True is ours, in neither: it pays the perception KL only where it cannot work against the reward
+        (see perception_gate). Off by default.
 """
 
 import functools
@@ -75,9 +108,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import DynamicLayer
 from transformers.image_utils import load_image
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. The recipe
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def option(default, help):
@@ -86,13 +119,15 @@ def option(default, help):
 
 
 class Settled(str):
-    """A masked_grad that nobody gave: it follows eta2, also when dataclasses.replace makes a config with another eta2."""
+    """A masked_grad that nobody gave: it follows eta2, also when dataclasses.replace makes a config with
+    another eta2."""
 
 
 @dataclass
 class PAPOConfig:
-    """Every number of the recipe. The defaults are the published PAPO-G 3B model's (Table 6 of [1] and its scripts), but for
-    top_p, which is 0.99 there and in the presets. masked_grad, where it is not given, is "entropy" if eta2 > 0, else "detached".
+    """Every number of the recipe. The defaults are the published PAPO-G 3B model's (Table 6 of [1] and its
+    scripts), but for top_p, which is 0.99 there and in the presets. masked_grad, where it is not given, is
+    "entropy" if eta2 > 0, else "detached".
 
     Raises ValueError, naming the field, for a value outside its range."""
 
@@ -119,17 +154,17 @@ class PAPOConfig:
     )
     aggregation: Literal["sequence", "token"] = option(
         "sequence",
-        "average over tokens: sequence = mean of per-response means (Eq. 2), token = one mean over all (Eq. 3)",
+        "over tokens: sequence = mean of per-response means (Eq. 2), token = one mean over all (Eq. 3)",
     )
     gated: bool = option(
         False,
-        "ours: pay the perception KL only in responses of positive advantage, for tokens the picture makes likelier; "
-        "typical gamma with it 3 to 30",
+        "ours: pay the perception KL only in responses of positive advantage, for tokens that the image "
+        "makes likelier; typical gamma with it 3 to 30",
     )
     masked_grad: Literal["detached", "entropy", "full"] = option(
         None,
-        "which terms send gradient through the masked pass: detached = none, entropy = H[pi_mask], full = also the "
-        "perception KL; default: entropy if eta2 > 0, else detached",
+        "which terms send gradient through the masked pass: detached = none, entropy = H[pi_mask], full = "
+        "also the perception KL; default: entropy if eta2 > 0, else detached",
     )
     entropy_estimate: Literal["exact", "sampled"] = option(
         "exact", "exact = sum over the vocabulary, sampled = -log pi of the sampled tokens (released code)"
@@ -203,7 +238,8 @@ class PAPOConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "PAPOConfig":
-        """A published recipe (Table 6 and 8 of [1]), with `changes` on top. Raises ValueError for an unknown name."""
+        """A published recipe (Table 6 and 8 of [1]), with `changes` on top. Raises ValueError for an unknown
+        name."""
         dapo = dict(beta=0.0, clip_high=0.28, aggregation="token", dynamic_sampling=True)
         presets = {
             "papo-g-3b": dict(gamma=0.02),
@@ -221,7 +257,8 @@ class PAPOConfig:
 
 
 def check_shapes(**named):
-    """name=(tensor, "B T"): every tensor has those dimensions, and a letter means one size throughout. ValueError if not."""
+    """name=(tensor, "B T"): every tensor has those dimensions, and a letter means one size throughout.
+    ValueError if not."""
     sizes = {}  # letter -> (size, name of the tensor it was first seen on)
     for name, (tensor, letters) in named.items():
         letters = letters.split()
@@ -233,28 +270,26 @@ def check_shapes(**named):
                 raise ValueError(f"{name} has {letter} = {size}, but {owner} has {letter} = {first}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. The prompt: question + image -> tensors
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-Prompt = dict  # what a Qwen-VL processor returns for one question: input_ids (1, P), pixel_values, image_grid_thw (1, 3)
+Prompt = dict  # what a Qwen-VL processor returns for one question: input_ids (1, P), pixel_values, ...
 PROMPT_SUFFIX = " First think inside <think> </think>, then put the final answer inside \\boxed{}."
 
 
 def fit_image(processor, image):
-    """Resize an image to what the vision tower will see: both sides multiples of patch x merge, the area between the
-    processor's smallest and largest where both can be had. A second call changes nothing.
+    """Resize an image to what the vision tower will see: both sides multiples of patch x merge, the area
+    between the processor's smallest and largest where both can be had. A second call changes nothing.
 
     image: PIL, or a path, URL or data URL. Returns a new RGB image.
     Raises ValueError for an image more than 200 times longer than wide."""
-    image, settings = (
-        to_rgb(load_image(image) if isinstance(image, str) else image),
-        processor.image_processor,
-    )
+    image = to_rgb(load_image(image) if isinstance(image, str) else image)
+    settings = processor.image_processor
     unit = settings.patch_size * settings.merge_size
     bounds = settings.size["shortest_edge"], settings.size["longest_edge"]
-    # The usual rule is applied until it changes nothing. With bounds too near to each other two sizes lead to one another
-    # (one is too small, the other too large): then the smaller.
+    # The usual rule is applied until it changes nothing. With bounds too near to each other two sizes lead to
+    # one another (one is too small, the other too large): then the smaller.
     sizes = [(image.height, image.width)]
     while (following := tuple(max(unit, x) for x in smart_resize(*sizes[-1], unit, *bounds))) not in sizes:
         sizes.append(following)
@@ -263,7 +298,7 @@ def fit_image(processor, image):
 
 
 def chat_messages(question: str) -> list[dict]:
-    """The question as the one user message of a chat, the image where the question says `<image>`, or else first.
+    """The question as the one user message of a chat; the image where it says `<image>`, or else first.
 
     Raises ValueError if the question names several images or holds a special token such as <|im_end|>."""
     if question.count("<image>") > 1:
@@ -278,51 +313,50 @@ def chat_messages(question: str) -> list[dict]:
 
 
 def encode_prompt(processor, question: str, image) -> Prompt:
-    """Chat-format one question about one image, ending where the assistant's answer begins; see chat_messages.
+    """One question about one image as the model reads it, ending where the assistant's answer begins.
 
-    Returns a mapping: input_ids (1, P), pixel_values (patches, channels x time x patch^2), image_grid_thw (1, 3), ..."""
+    Returns a mapping: input_ids (1, P), pixel_values (patches, channels x time x patch^2),
+    image_grid_thw (1, 3), ... Raises ValueError as chat_messages and fit_image do."""
     text = processor.apply_chat_template(chat_messages(question), tokenize=False, add_generation_prompt=True)
     return processor(text=[text], images=[fit_image(processor, image)], do_resize=False, return_tensors="pt")
 
 
 def vision_token_ids(model) -> list[int]:
-    """Ids that stand for images in a Qwen-VL's input. Raises ValueError for a model that has no image token."""
+    """Ids that stand for images in a Qwen-VL's input. Raises ValueError for a model without image tokens."""
     if getattr(model.config, "image_token_id", None) is None:
-        raise ValueError(
-            f"{type(model).__name__} has no image token: PAPO needs a vision-language model (Qwen2-VL and later)"
-        )
+        raise ValueError(f"{type(model).__name__} has no image token: PAPO needs a Qwen2-VL or a later one")
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return [getattr(model.config, name) for name in names]
 
 
 def mask_prompt(processor, prompt, masked_image) -> Prompt:
-    """The prompt with a masked image in the place of its own, of the same size: the same ids, other pixels."""
+    """The prompt with a masked image in place of its own, of the same size: the same ids, other pixels."""
     masked = processor.image_processor(images=[masked_image], do_resize=False, return_tensors="pt")
     kept = {name: x for name, x in prompt.items() if name != "features"}
     return {**kept, "pixel_values": masked["pixel_values"]}
 
 
 def encode_image(model, prompt) -> Prompt:
-    """With a frozen vision tower: the prompt with the image's features in place of its pixels, computed once for all later
-    passes. They wait in host memory, and only what the language model reads is kept."""
+    """With a frozen vision tower: the prompt with the image's features in place of its pixels, computed once
+    for all later passes. They wait in host memory, and only what the language model reads is kept."""
     with torch.no_grad():
         features = model.model.get_image_features(**image_inputs([prompt], model.device), return_dict=True)
     kept = {"pooler_output": [x.cpu() for x in features.pooler_output]}  # a list of one (visual tokens, H)
     if getattr(features, "deepstack_features", None):  # Qwen3-VL: features of some inner layers too
         kept["deepstack_features"] = [[x.cpu() for x in layer] for layer in features.deepstack_features]
-    return {name: x for name, x in prompt.items() if name != "pixel_values"} | {
-        "features": type(features)(**kept)
-    }
+    without_pixels = {name: x for name, x in prompt.items() if name != "pixel_values"}
+    return {**without_pixels, "features": type(features)(**kept)}
 
 
 def image_inputs(prompts: list[Prompt], device) -> dict:
-    """The model's image arguments for several prompts: their patches, or features from encode_image, one after the other."""
+    """The model's image arguments for several prompts: their patches, or features from encode_image, one
+    after the other."""
     grids = torch.cat([prompt["image_grid_thw"] for prompt in prompts]).to(device)  # (n, 3)
     if "features" not in prompts[0]:
-        patches = torch.cat([prompt["pixel_values"] for prompt in prompts]).to(
-            device
+        patches = torch.cat(
+            [prompt["pixel_values"] for prompt in prompts]
         )  # (patches, channels x time x patch^2)
-        return {"image_grid_thw": grids, "pixel_values": patches}
+        return {"image_grid_thw": grids, "pixel_values": patches.to(device)}
     features = [prompt["features"] for prompt in prompts]
     joined = type(features[0])(pooler_output=[x.to(device) for f in features for x in f.pooler_output])
     if getattr(features[0], "deepstack_features", None):
@@ -332,8 +366,10 @@ def image_inputs(prompts: list[Prompt], device) -> dict:
 
 
 def rope_positions(model, input_ids, images, attention_mask=None):
-    """M-RoPE positions (3, B, P) of prompts, always passed by hand: left to itself the model takes text-only ones, or
-    those of an earlier call. Token types are read off the image token rather than trusted to be in the prompt."""
+    """M-RoPE positions (3, B, P) of prompts: one row each for time, height and width.
+
+    They are always passed to the model. A model that is given none falls back to plain text positions, in
+    which an image is one long line, or to those it remembers from an earlier call."""
     is_image = (input_ids == model.config.image_token_id).int()  # (B, P) 1 on image positions
     positions, _ = model.model.get_rope_index(
         input_ids,
@@ -344,16 +380,17 @@ def rope_positions(model, input_ids, images, attention_mask=None):
     return positions
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. Random patch masking: I -> I_mask   ([1] App. G.1)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
     """Black out each cell of a patch_size x patch_size grid with probability `ratio`, independently.
 
-    image: PIL, not changed; best after fit_image, so that cells are the vision tower's patches. A cell cut by the right
-    or lower edge counts as a cell. Returns a new RGB image of the same size. Raises ValueError for a ratio outside [0, 1]."""
+    image: PIL, not changed; best after fit_image, so that cells are the vision tower's patches. A cell cut by
+    the right or lower edge counts as a cell. Returns a new RGB image of the same size. Raises ValueError for
+    a ratio outside [0, 1]."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"mask ratio must lie in [0, 1], got {ratio}")
     if patch_size < 1:
@@ -368,9 +405,9 @@ def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
     return masked
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. Sampling: o_1 .. o_G ~ pi_old(. | q, I)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
@@ -384,8 +421,9 @@ def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
         probs = torch.zeros_like(probs).scatter(
             -1, order, ranked.masked_fill(outside, 0)
         )  # (B, V), sums to <= 1
-    # Where a uniform number falls among the summed probabilities: one number a row, where torch.multinomial draws V. In
-    # float64, since fp32 sums over 150,000 tokens would blur the unlikely ones. A token of probability 0 is never met.
+    # Where a uniform number falls among the summed probabilities: one number a row, where torch.multinomial
+    # draws V. In float64, since fp32 sums over 150,000 tokens would blur the unlikely ones. A token of
+    # probability 0 is never met.
     summed = probs.cumsum(-1, dtype=torch.float64)  # (B, V)
     place = torch.rand(
         len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator
@@ -394,14 +432,17 @@ def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
 
 
 def attention_bias(visible, dtype):
-    """A boolean mask as numbers to add to the attention scores: eager attention would add a boolean one as 0 and 1."""
+    """A boolean mask as numbers to add to the attention scores: eager attention would add a boolean one as 0
+    and 1."""
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer of a KV cache that writes a new token in place; transformers' own copies all that is there to append one.
+    """One layer of a KV cache that writes a new token in place; transformers' own copies all that is there to
+    append one.
 
-    filled: the layer after the prefill of n prompts. Each prompt's keys and values are repeated group_size times."""
+    filled: the layer after the prefill of n prompts. Each prompt's keys and values are repeated group_size
+    times."""
 
     def __init__(self, filled, group_size):
         super().__init__()
@@ -425,8 +466,8 @@ class RoomyLayer(DynamicLayer):
 
 
 def end_tokens(model, processor) -> list[int]:
-    """Ids that end a response: the tokenizer's, and those of the model's generation_config that are special tokens. Qwen2.5-VL
-    lists <|im_end|> and <|endoftext|> there."""
+    """Ids that end a response: the tokenizer's, and those of the model's generation_config that are special
+    tokens. Qwen2.5-VL lists <|im_end|> and <|endoftext|> there."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
     special = processor.tokenizer.all_special_ids
@@ -437,18 +478,20 @@ def end_tokens(model, processor) -> list[int]:
 def sample_groups(
     model, processor, prompts, group_size, max_new_tokens, temperature=1.0, top_p=1.0, generator=None
 ):
-    """Sample group_size responses for each prompt: one prefill for all prompts, then one token a time for all responses.
+    """Sample group_size responses for each prompt: one prefill for all prompts, then one token a time for all
+    responses.
 
-    Nothing but the end tokens is taken from the model's generation_config, whose temperature and penalties would make a
-    group's responses alike. Vision tokens are never drawn. generator: on the model's device.
-    Returns per prompt a list of group_size LongTensors (<= max_new_tokens,), cut after the first end token. One that is cut
-    at max_new_tokens has none, and is rewarded and trained as it stands. top_p < 1 changes what is drawn, not what
-    group_logps scores: the scored distribution is the whole one."""
+    Nothing but the end tokens is taken from the model's generation_config, whose temperature and penalties
+    would make a group's responses alike. Vision tokens are never drawn. generator: on the model's device.
+    Returns per prompt a list of group_size LongTensors (<= max_new_tokens,), cut after the first end token.
+    One that is cut at max_new_tokens has none, and is rewarded and trained as it stands. top_p < 1 changes
+    what is drawn, not what group_logps scores: the scored distribution is the whole one."""
     if not prompts:
         raise ValueError("no prompts to sample from")
     device, training = model.device, model.training
     model.eval()  # under train() a gradient-checkpointed layer would drop its KV cache
-    # Left padding, so that every prompt ends where its responses begin: pad on the right what is reversed, and reverse.
+    # Left padding, so that every prompt ends where its responses begin: pad on the right what is reversed,
+    # and reverse.
     reversed_ids = [prompt["input_ids"][0].flip(0) for prompt in prompts]  # n x (P,)
     pad = processor.tokenizer.pad_token_id or 0  # whichever: nothing sees it
     input_ids = pad_sequence(reversed_ids, batch_first=True, padding_value=pad).flip(1).to(device)  # (n, P)
@@ -507,9 +550,9 @@ def sample_groups(
     return [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 5. The rule-based reward: R_i
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 GRADE_TIMEOUT = 3.0  # seconds math-verify gets for one answer
 MAX_ANSWER_CHARS = (
@@ -545,7 +588,8 @@ CHOICE = re.compile(r"\(?([A-J])(?:\).*|\. .*)?")  # B, (B), B), also with the o
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Inside of the last balanced \boxed{...} in `text`, or None. Braces nest; \{ and \} are characters, not braces."""
+    r"""Inside of the last balanced \boxed{...} in `text`, or None. Braces nest; \{ and \} are characters, not
+    braces."""
     opened, (start, end) = (
         [],
         (0, 0),
@@ -561,9 +605,11 @@ def extract_boxed(text: str) -> str | None:
 
 
 def follows_format(response: str) -> bool:
-    r"""Whether `response` is <think>...</think>...\boxed{...}..., white space around < > / allowed, as in the released code.
+    r"""Whether `response` is <think>...</think>...\boxed{...}..., white space around < > / allowed, as in the
+    released code.
 
-    Finding the first of each landmark in turn takes one pass; the released regular expression can backtrack for hours."""
+    Finding the first of each landmark in turn takes one pass; the released regular expression can backtrack
+    for hours."""
     match = re.match(r"\s*<\s*think\s*>", response)
     for landmark in (r"<\s*/\s*think\s*>", r"\\boxed\{", r"\}"):
         match = match and re.compile(landmark).search(response, match.end())
@@ -579,7 +625,8 @@ def tidy(answer: str) -> str:
 
 
 def parse_number(text: str) -> tuple[Fraction, str] | None:
-    r"""(exact value, unit or "") of a tidied -1,000.5, 1e3, 2/4, \frac{2}{4}, 50% or 12 cm; None for anything else."""
+    r"""(exact value, unit or "") of a tidied -1,000.5, 1e3, 2/4, \frac{2}{4}, 50% or 12 cm; None for anything
+    else."""
     match = NUMBER.fullmatch(re.sub(r"^([+-]?)\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1\2/\3", text))
     if match is None:
         return None
@@ -626,14 +673,16 @@ def grading_pool() -> ProcessPool:
 
 
 def answers_match(given: str, expected: str) -> bool:
-    """Whether two answers mean the same. Never raises; takes GRADE_TIMEOUT and the time of a kill at worst."""
+    """Whether two answers mean the same. Never raises; takes GRADE_TIMEOUT and the time of a kill at
+    worst."""
     if max(len(given), len(expected)) > MAX_ANSWER_CHARS:
         return given.strip() == expected.strip() != ""
     given, expected = tidy(given), tidy(expected)
     verdict = same_by_rule(given, expected)
     if verdict is not None:
         return verdict
-    # math-verify's own time-outs are signals: main thread only, and 9^{9^{9}} can outlast them. Killing a process is sure.
+    # math-verify's own time-outs are signals: main thread only, and 9^{9^{9}} can outlast them. Killing a
+    # process is sure.
     if not grading_pool().active:  # pebble gives a pool up when its idle worker dies
         grading_pool.cache_clear()
     future = grading_pool().schedule(same_by_algebra, args=(given, expected), timeout=GRADE_TIMEOUT)
@@ -644,10 +693,12 @@ def answers_match(given: str, expected: str) -> bool:
 
 
 def compute_reward(response: str, answer: str, format_weight: float = 0.1) -> dict[str, float]:
-    r"""Reward of one response, as in the released code: (1 - format_weight) * accuracy + format_weight * format.
+    r"""Reward of one response, as in the released code: (1 - format_weight) * accuracy + format_weight *
+    format.
 
-    accuracy is 1.0 if the last \boxed{...} of the response matches `answer`, format is 1.0 if the response follows the format,
-    else 0.0. With format_weight in [0, 1] the reward lies in [0, 1]. Any strings will do, hostile ones included."""
+    accuracy is 1.0 if the last \boxed{...} of the response matches `answer`, format is 1.0 if the response
+    follows the format, else 0.0. With format_weight in [0, 1] the reward lies in [0, 1]. Any strings will do,
+    hostile ones included."""
     boxed = extract_boxed(response)
     accuracy = float(boxed is not None and answers_match(boxed, answer))
     format_score = float(follows_format(response))
@@ -655,17 +706,21 @@ def compute_reward(response: str, answer: str, format_weight: float = 0.1) -> di
     return {"reward": reward, "accuracy": accuracy, "format": format_score}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 6. Group advantages
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def group_advantages(rewards, eps=1e-6):
     """A_i = (R_i - mean(R)) / (std(R) + eps) over the group, the last dimension.
 
-    rewards (..., G) -> (..., G), mean 0. The standard deviation is the unbiased one (G - 1), as in the released code. A
-    group of equal rewards teaches nothing: exactly 0, where rounding over a tiny deviation would give noise.
-    Raises ValueError for a group of fewer than 2."""
+    rewards (..., G) -> (..., G), mean 0. The standard deviation is the unbiased one (G - 1), as in the
+    released code. A group of equal rewards teaches nothing: exactly 0, where rounding over a tiny deviation
+    would give noise. Raises ValueError for a group of fewer than 2. One right answer among eight:
+
+    >>> group_advantages([1.0] + [0.1] * 7)
+    tensor([ 2.4749, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536])
+    """
     rewards = torch.as_tensor(rewards, dtype=torch.float32)
     if rewards.dim() == 0 or rewards.shape[-1] < 2:
         raise ValueError(f"rewards need a group dimension G >= 2, got shape {tuple(rewards.shape)}")
@@ -674,9 +729,9 @@ def group_advantages(rewards, eps=1e-6):
     return advantages.masked_fill((rewards == rewards[..., :1]).all(-1, keepdim=True), 0.0)  # (..., G)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 7. Scoring: log pi(o_t | q, I, o_<t), a group in one row
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 HEAD_CHUNK = 256  # response positions whose logits exist at a time: 256 x 151,936 fp32 numbers are 156 MB
 
@@ -684,8 +739,9 @@ HEAD_CHUNK = 256  # response positions whose logits exist at a time: 256 x 151,9
 def token_logps(hidden, targets, head, temperature=1.0, with_entropy=False):
     """log pi(target), and with_entropy the entropy, at each position, without ever holding all logits.
 
-    hidden (N, H), targets (N,) -> logps (N,), entropy (N,) or None, fp32. Each chunk's logits are computed again in backward:
-    a plain loop would keep them all alive for autograd, 2.4 GB per copy for 4,000 tokens of a 151,936-word vocabulary."""
+    hidden (N, H), targets (N,) -> logps (N,), entropy (N,) or None, fp32. Each chunk's logits are computed
+    again in backward: a plain loop would keep them all alive for autograd, 2.4 GB per copy for 4,000 tokens
+    of a 151,936-word vocabulary."""
 
     def chunk_logps(hidden, targets):
         logits = head(hidden).float() / temperature  # (N, V)
@@ -708,25 +764,36 @@ def group_row(model, prompt, responses):
         mask      a token sees the prompt and the earlier tokens of its own response, nothing else
         position  every response starts anew right after the prompt's largest position
 
-    So each response is scored as if it stood alone after the prompt, but the image is encoded once, the prompt runs once,
-    and there is no padding. Returns the model's inputs and, for each response token, the index of the position that
-    predicts it (N,): the prompt's last for a first token, else the token before."""
+    So each response is scored as if it stood alone after the prompt, but the image is encoded once, the
+    prompt runs once, and there is no padding. For P = 3, |o_1| = 2, |o_2| = 1 (# is seen, . is not; an image
+    in the prompt has fewer positions than tokens, so that responses may start below P):
+
+        query     p0 p1 p2 a0 a1 b0     position    predicts
+        p0         #  .  .  .  .  .        0
+        p1         #  #  .  .  .  .        1
+        p2         #  #  #  .  .  .        2        a0, and b0
+        a0         #  #  #  #  .  .        3        a1
+        a1         #  #  #  #  #  .        4
+        b0         #  #  #  .  .  #        3
+
+    A first token is predicted by the prompt's last position: its left neighbour in the row belongs to another
+    response, or is the prompt's last position itself. Returns the model's inputs and, for each response
+    token, the index of the position that predicts it: (N,), here [2, 3, 2]."""
     device = model.device
     P, lengths = prompt["input_ids"].shape[1], [len(o) for o in responses]
     row = torch.cat([prompt["input_ids"][0], *responses])[None].to(device)  # (1, L)
     images = image_inputs([prompt], device)
-    owner = (
-        torch.arange(len(responses) + 1).repeat_interleave(torch.tensor([P, *lengths])).to(device)
-    )  # (L,) 0: the prompt
+    owner = torch.repeat_interleave(torch.tensor([P, *lengths])).to(
+        device
+    )  # (L,) 0: the prompt, i: response o_i
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own response, or prompt
     visible = visible.tril()[None, None]  # (1, 1, L, L) and never the future
-    place = torch.cat([torch.arange(n) for n in lengths]).to(
-        device
-    )  # (N,) a token's place in its response, 0 .. |o| - 1
+    place = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) in its own response, from 0
     positions = rope_positions(model, row[:, :P], images)  # (3, 1, P)
     after = positions.max() + 1 + place  # (N,)
-    positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)  # (3, 1, L)
-    predictor = torch.arange(P - 1, row.shape[1] - 1, device=device).where(place > 0, P - 1)  # (N,)
+    positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)  # (3, 1, L) text: all three alike
+    left = torch.arange(P - 1, row.shape[1] - 1, device=device)  # (N,) each response token's left neighbour
+    predictor = left.where(place > 0, P - 1)  # (N,)
     bias = attention_bias(visible, model.dtype)  # (1, 1, L, L)
     inputs = dict(input_ids=row, attention_mask=bias, position_ids=positions, use_cache=False, **images)
     return inputs, predictor
@@ -736,9 +803,9 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
     """log pi(o_t | q, I, o_<t) of every token of G responses to one prompt, in one forward pass.
 
     prompt: from encode_prompt (with the masked image it gives pi_mask). responses: G LongTensors (<= T,).
-    Returns logps (G, T) fp32, 0 on padding; response_mask (G, T) float; and with_entropy the entropy (G, T), in nats.
-    Gradient flows if enabled. Raises ValueError for no or an empty response, one that holds a vision token, or a model whose
-    attention takes no mask of our own."""
+    Returns logps (G, T) fp32, 0 on padding; response_mask (G, T) float; and with_entropy the entropy (G, T),
+    in nats. Gradient flows if enabled. Raises ValueError for no or an empty response, one that holds a vision
+    token, or a model whose attention takes no mask of our own."""
     if not len(responses) or any(len(o) == 0 for o in responses):
         raise ValueError("group_logps needs at least one response, each of at least one token")
     targets = torch.cat(list(responses)).to(model.device)  # (N,) all response tokens
@@ -758,47 +825,60 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
     return (*scored, pad(entropy)) if with_entropy else scored
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 8. The terms of the loss, each (B, T) -> (B, T)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def policy_ratio(logps, old_logps):
-    """r = pi_theta / pi_old of each token, the log-ratio clamped to +-20 as in [2]. (B, T), (B, T) -> (B, T)"""
+    """r = pi_theta / pi_old of each token, (B, T), (B, T) -> (B, T); the log-ratio clamped to +-20 as in
+    [2]."""
     return (logps - old_logps).clamp(-20, 20).exp()
 
 
 def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_dual):
-    """- min(r A, clip(r, 1 - eps_l, 1 + eps_h) A), and for A < 0 at most c |A|;  r = pi_theta / pi_old.  ([1] Eq. 2, [2])
+    """- min(r A, clip(r, 1 - eps_l, 1 + eps_h) A), and for A < 0 at most c |A|.    ([1] Eq. 2, [2])
 
-    logps, old_logps (B, T), advantages (B,) -> (B, T), to minimise. The first clip stops paying for a good response once
-    it is 1 + eps_h times likelier, the second keeps a bad response that has become far likelier from dominating."""
+    logps, old_logps (B, T), advantages (B,) -> (B, T), to minimise. The first clip stops paying for a good
+    response once it is 1 + eps_h times likelier, the second keeps a bad response that has become far likelier
+    from dominating. A good token at r = 1.4 (earns 1.3 A, not 1.4 A), a bad one at r = 0.5 (0.8, not 0.5):
+
+    >>> clipped_policy_loss(torch.tensor([[1.4], [0.5]]).log(), torch.zeros(2, 1), torch.tensor([2.0, -1.0]),
+    ...                     clip_low=0.2, clip_high=0.3, clip_dual=3.0)
+    tensor([[-2.6000],
+            [ 0.8000]])
+    """
     check_shapes(logps=(logps, "B T"), old_logps=(old_logps, "B T"), advantages=(advantages, "B"))
     advantages = advantages[:, None]  # (B, 1)
     ratio = policy_ratio(logps, old_logps)  # (B, T)
-    loss = torch.maximum(
-        -ratio * advantages, -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    )  # (B, T)
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
+    loss = torch.maximum(-ratio * advantages, -clipped * advantages)  # (B, T)
     return torch.where(advantages < 0, loss.minimum(-clip_dual * advantages), loss)  # (B, T)
 
 
 def kl_k3(logps, other_logps):
-    """k3 = x - log x - 1 with x = pi_other / pi: an unbiased, never negative estimate of KL[pi || pi_other] from tokens
-    drawn from pi.  ([2], after Schulman; [1] prints 1/x, which is biased)
+    """k3 = x - log x - 1 with x = pi_other / pi: an unbiased, never negative estimate of KL[pi || pi_other]
+    from tokens drawn from pi.    ([2], after [5]; [1] prints 1/x, which is biased)
 
-    (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x, at most 1. In expectation over tokens of pi that is the
-    gradient of KL[pi_other || pi]: maximising k3 moves pi away from where the other policy has mass."""
+    (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x, at most 1. In expectation over tokens of pi,
+    given their prefix, that is the gradient of KL[pi_other || pi]: maximising k3 moves pi away from where the
+    other policy has mass. A token that the other policy likes half as much, and one it likes as much:
+
+    >>> kl_k3(torch.zeros(1, 2), torch.tensor([[0.5, 1.0]]).log())
+    tensor([[0.1931, 0.0000]])
+    """
     check_shapes(logps=(logps, "B T"), other_logps=(other_logps, "B T"))
     log_x = (other_logps - logps).clamp(-20, 20)  # (B, T)
-    return (log_x.expm1() - log_x).clamp(max=10)  # (B, T) expm1: exp(x) - 1 would drown a small x in rounding
+    return (log_x.expm1() - log_x).clamp(max=10)  # (B, T) exp() - 1 would drown a small log_x in rounding
 
 
 def perception_gate(logps, masked_logps, advantages):
     """Where the perception KL of a gated run is paid: A > 0 and pi > pi_mask.  (Ours; not in [1] or [2].)
 
-    logps, masked_logps (B, T), advantages (B,) -> (B, T) bool. k3's derivative, 1 - pi_mask/pi, pushes tokens both ways, in
-    right and wrong responses alike. What passes the gate pushes only upwards, by less than gamma, only tokens of a
-    better response: no token moves against its advantage, whatever gamma is, and equal rewards pay nothing."""
+    logps, masked_logps (B, T), advantages (B,) -> (B, T) bool. k3's derivative, 1 - pi_mask/pi, pushes tokens
+    both ways, in right and wrong responses alike. What passes the gate pushes only upwards, by less than
+    gamma, only tokens of a better response: no token moves against its advantage, whatever gamma is, and
+    equal rewards pay nothing."""
     check_shapes(logps=(logps, "B T"), masked_logps=(masked_logps, "B T"), advantages=(advantages, "B"))
     return (advantages[:, None] > 0) & (logps > masked_logps)  # (B, T)
 
@@ -807,12 +887,18 @@ def aggregate(per_token, response_mask, mode):
     """Average over response tokens. (B, T), (B, T) -> scalar.
 
     "sequence": 1/B sum_i 1/|o_i| sum_t, each response counts alike ([1] Eq. 2).
-    "token":    1/(sum_i |o_i|) sum_i sum_t, each token counts alike ([1] Eq. 3)."""
+    "token":    1/(sum_i |o_i|) sum_i sum_t, each token counts alike ([1] Eq. 3).
+    A response of 2 tokens at 1.0 and one of 10 tokens at 0.0:
+
+    >>> per_token = torch.tensor([[1.0] * 2 + [9.9] * 8, [0.0] * 10])  # 9.9: padding, counts nowhere
+    >>> response_mask = torch.tensor([[1.0] * 2 + [0.0] * 8, [1.0] * 10])
+    >>> aggregate(per_token, response_mask, "sequence"), aggregate(per_token, response_mask, "token")
+    (tensor(0.5000), tensor(0.1667))
+    """
     check_shapes(per_token=(per_token, "B T"), response_mask=(response_mask, "B T"))
     counts = response_mask.bool().sum(1)  # (B,)
-    sums = per_token.masked_fill(~response_mask.bool(), 0).sum(
-        1
-    )  # (B,) filled, not multiplied: 0 x nan is nan
+    # Padding is filled with 0, not multiplied by it: 0 x nan is nan.
+    sums = per_token.masked_fill(~response_mask.bool(), 0).sum(1)  # (B,)
     if mode == "sequence":
         return (sums / counts.clamp(min=1)).mean()
     if mode == "token":
@@ -820,9 +906,9 @@ def aggregate(per_token, response_mask, mode):
     raise ValueError(f"aggregation must be sequence or token, got {mode!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 9. The objective
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def papo_loss(
@@ -842,12 +928,12 @@ def papo_loss(
         policy + beta KL[pi || pi_ref] - gamma KL[pi || pi_mask] + eta1 H[pi] + eta2 H[pi_mask]
 
     logps, old_logps, response_mask, masked_logps, ref_logps, entropy, masked_entropy (B, T); advantages (B,).
-    entropy, masked_entropy: exact ones from group_logps; None takes -log pi of the sampled tokens, as the released code.
-    rewards (B,): not read here; papo_step hands them to every objective, so that one of your own may.
-    Returns the scalar to minimise and a dict of floats, each averaged like the loss; what was not given is not measured and
-    has no entry. A term whose weight is 0 adds nothing at all, so gamma = 0 is GRPO to the bit. Gradient reaches
-    masked_logps and masked_entropy only as config.masked_grad says (table in the header).
-    Raises ValueError if shapes disagree or a term with a weight lacks its input."""
+    entropy, masked_entropy: exact ones from group_logps; None takes -log pi of the sampled tokens, as the
+    released code. rewards (B,): not read here; papo_step hands them to every objective, so that one of your
+    own may. Returns the scalar to minimise and a dict of floats, each averaged like the loss; what was not
+    given is not measured and has no entry. A term whose weight is 0 adds nothing at all, so gamma = 0 is GRPO
+    to the bit. Gradient reaches masked_logps and masked_entropy only as config.masked_grad says (table in the
+    header). Raises ValueError if shapes disagree or a term with a weight lacks its input."""
     given = dict(
         logps=logps,
         old_logps=old_logps,
@@ -897,9 +983,9 @@ def papo_loss(
     return loss, metrics
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 10. One step: rollouts, constants, update
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -924,13 +1010,14 @@ class Group:
 
 
 def prepare(model, prompt) -> Prompt:
-    """The prompt as it is kept: with the image's features where training cannot change them, else with its pixels."""
+    """The prompt as it is kept: with the image's features if training cannot change them, else its pixels."""
     frozen = not any(p.requires_grad for p in model.model.visual.parameters())
     return encode_image(model, prompt) if frozen else prompt
 
 
 def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
-    """Encode, sample, reward and standardise: a Group per row, not yet masked. generator: on the model's device."""
+    """Encode, sample, reward, standardise: a Group per row, not yet masked. generator: on the model's
+    device."""
     prompts = [prepare(model, encode_prompt(processor, row["problem"], row["images"][0])) for row in rows]
     sizes = config.group_size, config.max_new_tokens
     sampled = sample_groups(model, processor, prompts, *sizes, config.temperature, config.top_p, generator)
@@ -947,10 +1034,11 @@ def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
 
 
 def roll_out(model, processor, config, rows, generator):
-    """Fill a rollout batch with groups. rows: an iterator over data set rows that does not run dry. generator: on the CPU.
+    """Fill a rollout batch with groups. rows: an iterator over data set rows that does not run dry.
+    generator: on the CPU.
 
-    With dynamic_sampling (DAPO, PAPO-D) only mixed groups are kept and the missing ones redrawn, at most max_redraws
-    times; then the batch stays short. Returns the groups and the number of redraws."""
+    With dynamic_sampling (DAPO, PAPO-D) only mixed groups are kept and the missing ones redrawn, at most
+    max_redraws times; then the batch stays short. Returns the groups and the number of redraws."""
     # Two generators of their own, so that masking moves no sample.
     seeds = torch.randint(2**62, (2,), generator=generator).tolist()
     sampling = torch.Generator(model.device).manual_seed(seeds[0])
@@ -976,7 +1064,15 @@ def roll_out(model, processor, config, rows, generator):
 
 
 def split_group(config, prompt, responses) -> list[slice]:
-    """Cut a group into runs of responses, each with the prompt at most tokens_per_forward long (or a single response)."""
+    """Cut a group into runs of responses, each with the prompt within tokens_per_forward, or a single
+    response.
+
+    A prompt of 10 tokens and responses of 5, 4, 3 and 9, in rows of at most 20:
+
+    >>> prompt, responses = {"input_ids": torch.zeros(1, 10)}, [torch.zeros(n) for n in (5, 4, 3, 9)]
+    >>> split_group(PAPOConfig(tokens_per_forward=20), prompt, responses)
+    [slice(0, 2, None), slice(2, 3, None), slice(3, 4, None)]
+    """
     budget = config.tokens_per_forward - prompt["input_ids"].shape[1]
     starts, used = [0], 0
     for i, response in enumerate(responses):
@@ -989,8 +1085,8 @@ def split_group(config, prompt, responses) -> list[slice]:
 
 @torch.no_grad()
 def score_constants(model, reference, config, groups):
-    """Store what the updates hold constant in the groups: log pi_ref if beta > 0, and log pi_old for all but the first
-    update's groups (there pi_old is pi_theta and the ratio exactly 1).
+    """Store what the updates hold constant in the groups: log pi_ref if beta > 0, and log pi_old for all but
+    the first update's groups (there pi_old is pi_theta and the ratio exactly 1).
 
     reference: called without arguments it gives a context manager around the reference model, for example
     `lambda: nullcontext(frozen_copy)`, or one that switches a LoRA adapter off."""
@@ -1012,21 +1108,25 @@ def score_constants(model, reference, config, groups):
 
 
 def split_batch(config, groups) -> list[list[Group]]:
-    """Split a rollout batch into updates_per_batch updates of nearly equal size (fewer if there are fewer groups)."""
+    """A rollout batch as updates_per_batch updates of nearly equal size; fewer if there are fewer groups."""
     count = min(config.updates_per_batch, len(groups))
     return [groups[len(groups) * i // count : len(groups) * (i + 1) // count] for i in range(count)]
 
 
 def papo_step(model, optimizer, config, groups, objective=papo_loss):
-    """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss, grad_norm, skipped (0 or 1).
+    """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss, grad_norm,
+    skipped (0 or 1).
 
-    objective: called as papo_loss is, all by keyword but the config. Your own may change what papo_loss gets, for example
-    `lambda config, advantages, rewards, **rest: papo_loss(config, advantages=advantages * (rewards > 0.5), **rest)`.
+    objective: called as papo_loss is, all by keyword but the config. Your own may change what papo_loss gets,
+    for example `lambda config, advantages, rewards, **rest: papo_loss(config, advantages=advantages *
+    (rewards > 0.5), **rest)`.
 
-    Each group is one forward pass (or several, see split_group) and one backward pass; gradients add up. A part's loss is
-    weighted by its share of the batch's average, so loss and gradient do not depend on the split. After
-    model.gradient_checkpointing_enable() the layers' activations are recomputed in backward instead of kept. An update
-    whose gradient is not finite is skipped: one bad batch must not destroy the weights."""
+    Each group is one forward pass (or several, see split_group) and one backward pass; gradients add up. A
+    part's mean is weighted by its share of the batch's average, so loss and gradient do not depend on the
+    split: of 10 responses split as 5, 3 and 2, the means count 5/10, 3/10 and 2/10 ("token": by their
+    tokens). After model.gradient_checkpointing_enable() the layers' activations are recomputed in backward
+    instead of kept. An update whose gradient is not finite is skipped: one bad batch must not destroy the
+    weights."""
     if not groups:
         raise ValueError("papo_step needs at least one group")
     model.train()
@@ -1052,39 +1152,43 @@ def papo_step(model, optimizer, config, groups, objective=papo_loss):
 
 
 def group_loss(model, config, group, part=slice(None), objective=papo_loss):
-    """The objective over some of a group's responses. Returns the scalar with its graph, the metrics, and how many items of
-    the aggregation (responses or tokens) it averages."""
+    """The objective over some of a group's responses. Returns the scalar with its graph, the metrics, and how
+    many items of the aggregation (responses or tokens) it averages."""
     responses, exact = group.responses[part], config.entropy_estimate == "exact"
-    logps, response_mask, *entropy = group_logps(
-        model, group.prompt, responses, config.temperature, exact
-    )  # (G, T) each
-    T = logps.shape[1]  # here G and T are those of the part
+    scores = group_logps(model, group.prompt, responses, config.temperature, with_entropy=exact)
+    logps, response_mask = scores[:2]  # (G, T), (G, T); here G and T are those of the part
+    T, advantages = logps.shape[1], group.advantages[part].to(logps.device)  # (G,)
     given = dict(
         logps=logps,
         old_logps=logps.detach() if group.old_logps is None else group.old_logps[part, :T],  # (G, T)
         ref_logps=None if group.ref_logps is None else group.ref_logps[part, :T],  # (G, T)
-        advantages=group.advantages[part].to(logps.device),  # (G,)
+        advantages=advantages,
         rewards=torch.tensor([score["reward"] for score in group.scores[part]], device=logps.device),  # (G,)
         response_mask=response_mask,
-        entropy=entropy[0] if exact else None,
+        entropy=scores[2] if exact else None,  # (G, T)
     )
-    if group.masked_prompt is not None:
-        paid = given["advantages"] > 0  # (G,)
-        # A gated KL reads the paid responses alone, an entropy all of them.
-        scored = paid if config.gated and not config.eta2 else torch.ones_like(paid)  # (G,)
-        if scored.any():
-            with torch.set_grad_enabled(config.masked_grad != "detached"):
-                chosen = [o for o, wanted in zip(responses, scored) if wanted]
-                seen, _, *entropies = group_logps(
-                    model, group.masked_prompt, chosen, config.temperature, exact
-                )
-            # A response that is not scored keeps 0, which nothing reads: its advantage closes the gate.
-            fill = lambda x: torch.zeros_like(logps).masked_scatter(  # (scored, T) -> (G, T)
-                scored[:, None], F.pad(x, (0, T - x.shape[1]))
-            )
-            given |= dict(masked_logps=fill(seen), masked_entropy=fill(entropies[0]) if exact else None)
+    partly = (
+        config.gated and not config.eta2
+    )  # a gated KL reads the paid responses alone, an entropy all of them
+    scored = advantages > 0 if partly else torch.ones_like(advantages, dtype=torch.bool)  # (G,)
+    if group.masked_prompt is not None and scored.any():
+        given |= masked_scores(model, config, group.masked_prompt, responses, scored, T)
     loss, metrics = objective(config, **given)
-    if config.gated and not config.eta2:
+    if partly:
         metrics.pop("masked_entropy", None)  # known of the paid responses alone
     count = len(responses) if config.aggregation == "sequence" else int(response_mask.sum())
     return loss, metrics, count
+
+
+def masked_scores(model, config, masked_prompt, responses, scored, T):
+    """masked_logps and masked_entropy, (G, T) each, of the responses that `scored` (G,) chooses. The others
+    get 0, which nothing reads: their advantage closes the gate."""
+    chosen, exact = [o for o, wanted in zip(responses, scored) if wanted], config.entropy_estimate == "exact"
+    with torch.set_grad_enabled(config.masked_grad != "detached"):
+        masked_logps, _, *entropy = group_logps(model, masked_prompt, chosen, config.temperature, exact)
+
+    def spread(x):  # (scored, <= T) -> (G, T)
+        whole = x.new_zeros(len(responses), T)  # (G, T)
+        return whole.masked_scatter(scored[:, None], F.pad(x, (0, T - x.shape[1])))
+
+    return dict(masked_logps=spread(masked_logps), masked_entropy=spread(entropy[0]) if exact else None)

@@ -1,6 +1,7 @@
 """The terms of the loss and the objective (paper Eq. 2 and 3), against hand-computed numbers, scalar loops in float64,
 finite differences, and the enumeration of a small categorical distribution."""
 
+import doctest
 import itertools
 import json
 import math
@@ -638,6 +639,8 @@ def test_glossary_names_exist():
     }
     known = parameters | set(PAPOConfig.__dataclass_fields__) | set(papo.Group.__dataclass_fields__)
     lines = header.split("GLOSSARY")[1].split("\n\n")[0].splitlines()[1:]
+    while "symbol" not in lines[0]:  # the shapes' letters come first
+        lines.pop(0)
     column = lines[0].index("symbol")
     names = [name for line in lines[1:] for name in re.findall(r"\w+", line[:column])]
     names += re.findall(r"(\w+): (?:H\[pi_mask\]|c\b)", header)
@@ -702,3 +705,9 @@ def test_a_gated_kl_needs_no_masked_pass_where_nothing_is_paid():
         papo_loss(config, **inputs)
     inputs["advantages"] = -inputs["advantages"].abs()
     close(papo_loss(config, **inputs)[0], papo_loss(PAPOConfig(gamma=0.0), **inputs)[0], 0)
+
+
+def test_the_worked_numbers_in_docstrings_are_true():
+    """Each >>> of papo.py prints what stands below it."""
+    result = doctest.testmod(papo)
+    assert result.failed == 0 and result.attempted >= 7

@@ -154,9 +154,9 @@ def test_a_gated_run_scores_what_is_paid(one_vlm, monkeypatch, eta2):
         group.advantages = torch.tensor(advantages)
     masked, group_logps = [], papo.group_logps
 
-    def counting(model, prompt, responses, *rest):
+    def counting(model, prompt, responses, *rest, **options):
         masked.extend([len(o) for o in responses if any(prompt is group.masked_prompt for group in groups)])
-        return group_logps(model, prompt, responses, *rest)
+        return group_logps(model, prompt, responses, *rest, **options)
 
     monkeypatch.setattr(papo, "group_logps", counting)
     optimizer = Recorder(model)
