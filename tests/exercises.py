@@ -1,14 +1,9 @@
-"""The graders of walkthrough.ipynb. `check(name, function)` says in words what the function gets wrong.
+"""The graders of walkthrough.ipynb. `check(name, answer)` says what was given and what was expected.
 
-Where the function is one of papo.py's own, it is put in papo's place and the project's tests of that section run against it.
-Where papo.py has no such function, the tests are below: each takes the function and its docstring says what must hold."""
+A check is a function whose docstring says what must hold; it raises Wrong with the first that does not."""
 
-import importlib
-import inspect
-import itertools
+import math
 import sys
-import traceback
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -21,22 +16,240 @@ sys.path[:0] = [
     if str(folder) not in sys.path
 ]
 
-import papo
 from papo import PAPOConfig, papo_loss
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tests of functions that papo.py does not have
-# ---------------------------------------------------------------------------------------------------------------------
+
+class Wrong(Exception):
+    """What an answer gets wrong, in words for the student."""
 
 
-def close(result, expected, message=None):
-    torch.testing.assert_close(
-        result,
-        torch.as_tensor(expected, dtype=result.dtype),
-        rtol=1e-4,
-        atol=1e-4,
-        msg=message and (lambda text: f"{message}\n{text}"),
+def require(holds, words):
+    if not holds:
+        raise Wrong(words)
+
+
+def show(x):
+    """A number, or up to eight of them, with four digits."""
+    x = torch.as_tensor(x, dtype=torch.float64)
+    return f"{x.item():.4g}" if x.dim() == 0 else "[" + ", ".join(map(show, x)) + "]"
+
+
+def expect(what, given, expected, rtol=1e-4, atol=1e-6):
+    """Same shape, same numbers; else Wrong, with both. nan is never expected."""
+    try:
+        given = torch.as_tensor(given).detach().double()
+    except (TypeError, ValueError, RuntimeError):
+        raise Wrong(f"{what}: you gave {given!r}, expected numbers") from None
+    expected = torch.as_tensor(expected).detach().double()
+    require(
+        given.shape == expected.shape,
+        f"{what}: you gave shape {tuple(given.shape)}, expected {tuple(expected.shape)}",
     )
+    wrong = ~torch.isclose(given, expected, rtol=rtol, atol=atol)
+    if wrong.any():
+        if given.numel() == 1:
+            given, expected = given.squeeze(), expected.squeeze()
+        if given.numel() > 8:  # the first wrong one
+            place = tuple(wrong.nonzero()[0].tolist())
+            what, given, expected = f"{what}, at {place}", given[place], expected[place]
+        raise Wrong(f"{what}: you gave {show(given)}, expected {show(expected)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 0. A prediction
+# ------------------------------------------------------------------------------------------------------------
+
+
+def prediction_holds(answer):
+    """Advantages of a group sum to 0 and have standard deviation 1"""
+    choices = (("right", "wrong"), ("grows", "shrinks"))
+    given = answer()
+    require(
+        isinstance(given, tuple) and len(given) == 2 and all(g in c for g, c in zip(given, choices)),
+        f"you gave {given!r}, expected one word of each: {choices}",
+    )
+    require(
+        given[0] == "right",
+        "further from 0: you gave 'wrong', expected 'right': advantages sum to 0, and 3 balance 5",
+    )
+    require(
+        given[1] == "shrinks",
+        "a fourth right one: you gave 'grows', expected 'shrinks': being right is then less of a surprise",
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 1 to 4. Functions that papo.py has: values by plain arithmetic
+# ------------------------------------------------------------------------------------------------------------
+
+
+def standardised(rewards):
+    """One group's advantages with Python floats."""
+    mean = sum(rewards) / len(rewards)
+    spread = math.sqrt(sum((r - mean) ** 2 for r in rewards) / (len(rewards) - 1))
+    return [(r - mean) / (spread + 1e-6) for r in rewards]
+
+
+def advantages_have_their_value(advantages):
+    """Each reward minus the mean, over the unbiased standard deviation (G - 1) plus eps"""
+    for rewards in ([1.0] + [0.1] * 7, [0.9, 0.1, 1.0, 0.0], [1.0, 0.0], [3.0, -2.0, 10.0, 4.0, 4.0]):
+        expect(f"rewards {rewards}", advantages(torch.tensor(rewards)), standardised(rewards))
+    tiny = [0.0, 1e-6, 2e-6]
+    expect(f"rewards {tiny}, where eps counts", advantages(torch.tensor(tiny)), standardised(tiny), rtol=1e-2)
+
+
+def advantages_per_group(advantages):
+    """Several groups at once, (n, G) -> (n, G), each on its own"""
+    rewards = [[1.0, 0.0, 0.5], [10.0, 30.0, 20.0]]
+    expect(f"rewards {rewards}", advantages(torch.tensor(rewards)), [standardised(r) for r in rewards])
+
+
+def equal_groups_teach_nothing(advantages):
+    """A group of equal rewards is exactly 0: no rounding noise divided by a spread of nothing"""
+    for reward in (0.0, 0.1, 0.3, 0.9, 1.0):
+        for size in (2, 5, 7, 8):
+            given = torch.as_tensor(advantages(torch.full((size,), reward)))
+            words = f"{size} rewards of {reward}: you gave {show(given)}, expected exactly 0"
+            require(given.shape == (size,) and (given == 0).all(), words)
+
+
+def loss_by_hand(ratio, A, low, high, dual):
+    """The clipped loss of one token with Python floats."""
+    objective = min(ratio * A, min(max(ratio, 1 - low), 1 + high) * A)
+    return -(max(objective, dual * A) if A < 0 else objective)
+
+
+def clip_has_its_value(clipped_loss):
+    """Minus the smaller of r A and clip(r) A, and for A < 0 at most c |A|"""
+    for low, high, dual in ((0.2, 0.3, 3.0), (0.1, 0.5, 2.0), (0.2, 0.2, math.inf)):
+        for A in (2.0, 1.0, -0.5, -1.0):
+            for ratio in (0.3, 0.75, 0.95, 1.0, 1.1, 1.4, 2.5, 7.0):
+                given = clipped_loss(
+                    torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([A]), low, high, dual
+                )
+                what = f"ratio {ratio}, A {A:g}, eps_l {low}, eps_h {high}, c {dual:g}"
+                expect(what, given, [[loss_by_hand(ratio, A, low, high, dual)]])
+
+
+def clip_takes_a_batch(clipped_loss):
+    """(B, T) log-probs and (B,) advantages give (B, T): each response has one advantage for all its tokens"""
+    logps = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, -1.5, -3.0]])
+    old_logps = torch.tensor([[-1.2, -1.0, -0.5], [-1.3, -1.5, -2.0]])
+    expected = [
+        [loss_by_hand(math.exp(a - b), A, 0.2, 0.3, 3.0) for a, b in zip(*rows)]
+        for A, *rows in zip((1.5, -1.0), logps.tolist(), old_logps.tolist())
+    ]
+    expect(
+        "two responses", clipped_loss(logps, old_logps, torch.tensor([1.5, -1.0]), 0.2, 0.3, 3.0), expected
+    )
+
+
+def cells(before, after, size):
+    """A boolean grid: which cells went black. Wrong where a cell is neither black nor untouched."""
+    before, after = np.asarray(before.convert("RGB")), np.asarray(after)
+    grid = []
+    for y in range(0, before.shape[0], size):
+        grid.append([])
+        for x in range(0, before.shape[1], size):
+            old, new = before[y : y + size, x : x + size], after[y : y + size, x : x + size]
+            share = (new == 0).all(-1).mean()
+            words = (
+                f"the cell at pixel ({x}, {y}): you blacked out {share:.0%} of it, expected all or nothing"
+            )
+            require(share == 1 or (old == new).all(), words)
+            grid[-1].append(share == 1)
+    return np.array(grid)
+
+
+def draw_masks(mask, ratio, count=200, width=75, height=50, size=14):
+    """The grids of several masks of one noisy image, from one generator."""
+    pixels = np.random.default_rng(0).integers(30, 256, (height, width, 3), dtype=np.uint8)
+    image, generator = Image.fromarray(pixels), torch.Generator().manual_seed(0)
+    return np.array([cells(image, mask(image, ratio, size, generator), size) for _ in range(count)])
+
+
+def masks_make_a_new_image(mask):
+    """A new RGB image of the same size, whatever the mode of the given one, which stays as it was"""
+    for mode in ("RGB", "L", "RGBA"):
+        image = grey(width=75, height=50).convert(mode)
+        before = image.tobytes()
+        masked = mask(image, 0.5, 14, torch.Generator().manual_seed(0))
+        given = f"{mode} image of 75 x 50: you gave {masked.mode} of {masked.size[0]} x {masked.size[1]}"
+        require((masked.size, masked.mode) == ((75, 50), "RGB"), f"{given}, expected RGB of 75 x 50")
+        require(image.tobytes() == before, f"{mode} image: the given image was changed")
+
+
+def masks_have_their_ratio(mask):
+    """Each cell is black with probability `ratio`, those cut by the edge too: 1 blacks out everything"""
+    for ratio in (0.0, 0.3, 0.6, 1.0):
+        shares = draw_masks(mask, ratio).mean(0)  # of each cell over 200 masks
+        for place in ((0, 0), (1, 2), (shares.shape[0] - 1, shares.shape[1] - 1)):
+            words = (
+                f"ratio {ratio}, cell {place} of {shares.shape}: you blacked it out in {shares[place]:.0%}"
+            )
+            require(
+                abs(shares[place] - ratio) <= 4.5 * math.sqrt(ratio * (1 - ratio) / 200),
+                f"{words} of 200 masks, expected about {ratio:.0%}",
+            )
+
+
+def masks_are_coin_flips(mask):
+    """Cells are independent: how many go black varies from mask to mask as for coin flips"""
+    counts = draw_masks(mask, 0.5).sum((1, 2))  # of 24 cells
+    spread, expected = counts.std(), math.sqrt(24 * 0.25)
+    words = f"24 cells, ratio 0.5: the number of black cells has a standard deviation of {spread:.2f}"
+    require(0.75 * expected < spread < 1.25 * expected, f"{words}, expected about {expected:.2f}")
+
+
+def masks_come_from_the_generator(mask):
+    """The same generator seed gives the same mask, another another; torch's own generator is not used"""
+    draw = lambda seed: mask(grey(), 0.5, 14, torch.Generator().manual_seed(seed)).tobytes()
+    state = torch.get_rng_state()
+    require(draw(1) == draw(1), "generator seed 1 twice: you gave two different masks, expected the same")
+    require(draw(1) != draw(2), "generator seeds 1 and 2: you gave the same mask, expected two")
+    require(
+        torch.equal(torch.get_rng_state(), state),
+        "you drew from torch's global generator, expected the given",
+    )
+
+
+def k3_by_hand(log_x):
+    """k3 with Python floats, without the clamps."""
+    return math.expm1(log_x) - log_x
+
+
+def k3_has_its_value(k3):
+    """x - log x - 1 with x = pi_other / pi, in [0, 10]"""
+    for log_x in (-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0):
+        given = k3(torch.tensor([[-1.0]]), torch.tensor([[-1.0 + log_x]]))
+        expect(f"log pi -1, log pi_other {-1 + log_x:g}", given, [[k3_by_hand(log_x)]])
+
+
+def k3_is_clamped(k3):
+    """The log-ratio is clamped to +-20 and the value to 10"""
+    for log_x, value in ((3.0, 10.0), (50.0, 10.0), (-8.0, math.expm1(-8.0) + 8), (-50.0, 10.0)):
+        given = k3(torch.tensor([[-1.0]]), torch.tensor([[-1.0 + log_x]]))
+        expect(f"log x = {log_x:g}", given, [[value]])
+
+
+def k3_sees_small_differences(k3):
+    """Nearly equal policies: in fp32 exp(x) - 1 drowns a small x in rounding, torch.expm1 does not"""
+    for log_x in (1e-3, -1e-3, 1e-4, -3e-4):
+        given = k3(torch.zeros(1, 1), torch.tensor([[log_x]]))
+        expect(f"log x = {log_x:g}, in fp32", given, [[log_x**2 / 2 + log_x**3 / 6]], rtol=0.02, atol=0)
+
+
+def k3_has_its_gradient(k3):
+    """Its derivative in log pi is 1 - x"""
+    for log_x in (-2.0, -0.5, 0.7, 1.5):
+        logps = torch.zeros(1, 1, requires_grad=True)
+        (given,) = torch.autograd.grad(k3(logps, torch.tensor([[log_x]])).sum(), logps)
+        expect(f"log x = {log_x:g}, derivative in log pi", given, [[1 - math.exp(log_x)]])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5 to 9. Functions that papo.py does not have
+# ------------------------------------------------------------------------------------------------------------
 
 
 def grey(value=128, width=70, height=56):
@@ -48,32 +261,30 @@ def noise_keeps_the_shape(noise_image):
     image = grey().convert("L")
     before = image.tobytes()
     noisy = noise_image(image, 0.3, torch.Generator().manual_seed(0))
-    assert (noisy.size, noisy.mode) == (image.size, "RGB"), f"got size {noisy.size} and mode {noisy.mode}"
-    assert image.tobytes() == before, "the given image was changed"
+    given = f"a grey-scale image of 70 x 56: you gave {noisy.mode} of {noisy.size[0]} x {noisy.size[1]}"
+    require((noisy.size, noisy.mode) == (image.size, "RGB"), f"{given}, expected RGB of 70 x 56")
+    require(image.tobytes() == before, "the given image was changed")
 
 
 def noise_has_its_strength(noise_image):
     """On mid-grey the noise has mean 0 and standard deviation sigma * 255"""
     for sigma in (0.0, 0.05, 0.15):
         change = np.asarray(noise_image(grey(), sigma, torch.Generator().manual_seed(1))).astype(float) - 128
-        assert abs(change.mean()) < 1 + 3 * sigma, (
-            f"sigma {sigma}: the mean of the noise is {change.mean():.1f}"
+        mean, spread = change.mean(), change.std()
+        require(
+            abs(mean) < 1 + 3 * sigma, f"sigma {sigma}: your noise has a mean of {mean:.1f}, expected about 0"
         )
-        assert abs(change.std() - 255 * sigma) < 1, (
-            f"sigma {sigma}: standard deviation {change.std():.1f}, not {255 * sigma:.1f}"
-        )
+        words = f"sigma {sigma}: your noise has a standard deviation of {spread:.1f}"
+        require(abs(spread - 255 * sigma) < 1, f"{words}, expected {255 * sigma:.1f}")
 
 
 def noise_does_not_wrap(noise_image):
     """Values stay within 0 and 255: a white pixel cannot turn black by running over"""
     for value in (0, 255):
-        change = np.abs(
-            np.asarray(noise_image(grey(value), 0.1, torch.Generator().manual_seed(2))).astype(float) - value
-        )
-        assert change.max() < 200, (
-            f"a pixel of value {value} moved by {change.max():.0f}, with sigma * 255 = 25.5"
-        )
-        assert change.max() > 10, f"pixels of value {value} got no noise"
+        noisy = np.asarray(noise_image(grey(value), 0.1, torch.Generator().manual_seed(2))).astype(float)
+        most = np.abs(noisy - value).max()
+        words = f"pixels of {value}, sigma * 255 = 25.5: your largest change is {most:.0f}"
+        require(10 < most < 200, f"{words}, expected between 10 and 200")
 
 
 def noise_is_independent(noise_image):
@@ -83,12 +294,13 @@ def noise_is_independent(noise_image):
     )
     noise = draw(3)
     for axis, what in enumerate(("rows", "columns", "channels")):
-        assert noise.std(axis=axis).mean() > 10, f"the noise repeats along the {what}"
-    assert (draw(3) == noise).all(), "the same generator seed gave two different images"
-    assert (draw(4) != noise).any(), "two generator seeds gave the same image"
+        words = f"your noise repeats along the {what}: it varies by {noise.std(axis=axis).mean():.1f} there"
+        require(noise.std(axis=axis).mean() > 10, f"{words}, expected about 25.5")
+    require((draw(3) == noise).all(), "generator seed 3 twice: you gave two images, expected the same")
+    require((draw(4) != noise).any(), "generator seeds 3 and 4: you gave the same image, expected two")
 
 
-def distributions(seed=0, B=3, T=4, V=7):
+def distributions(seed=0, B=1, T=2, V=4):
     generator = torch.Generator().manual_seed(seed)
     draw = lambda: (2 * torch.randn(B, T, V, generator=generator, dtype=torch.float64)).log_softmax(
         -1
@@ -101,9 +313,8 @@ def kl_has_its_value(exact_kl):
     log_pi, log_mask = distributions()
     Categorical = torch.distributions.Categorical
     expected = torch.distributions.kl_divergence(Categorical(logits=log_pi), Categorical(logits=log_mask))
-    result = exact_kl(log_pi, log_mask)
-    assert result.shape == expected.shape, f"shape {tuple(result.shape)}, not {tuple(expected.shape)}"
-    close(result, expected)
+    what = f"pi {show(log_pi.exp())}, pi_mask {show(log_mask.exp())}"
+    expect(what, exact_kl(log_pi, log_mask), expected)
 
 
 def kl_descends_itself(exact_kl):
@@ -112,257 +323,147 @@ def kl_descends_itself(exact_kl):
     logits = log_pi.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(exact_kl(logits.log_softmax(-1), log_mask).sum(), logits)
     pi, gap = log_pi.exp(), log_pi - log_mask
-    close(gradient, pi * (gap - (pi * gap).sum(-1, keepdim=True)))
+    expect("gradient in the logits of pi", gradient, pi * (gap - (pi * gap).sum(-1, keepdim=True)))
 
 
 def kl_holds_the_mask_constant(exact_kl):
     """No gradient reaches pi_mask: it is a constant, as with masked_grad="detached\""""
     log_pi, log_mask = (x.requires_grad_() for x in distributions(2))
     exact_kl(log_pi, log_mask).sum().backward()
-    assert log_pi.grad is not None and log_mask.grad is None or not log_mask.grad.any(), (
-        "pi_mask got a gradient"
-    )
+    if log_mask.grad is not None:
+        expect("gradient in log pi_mask", log_mask.grad, torch.zeros_like(log_mask))
+
+
+GAPS = torch.tensor([[2.0, -2.0, 0.1, 0.0], [0.4, 0.0, 0.6, 0.2]])  # log pi - log pi_mask of two responses
 
 
 def token_tensors():
-    generator = torch.Generator().manual_seed(0)
-    logps, masked_logps = -torch.rand(2, 4, generator=generator), -torch.rand(2, 4, generator=generator)
-    masked_logps[0, 0], masked_logps[0, 1], masked_logps[1, 2] = (
-        logps[0, 0] - 2.0,
-        logps[0, 1] + 2.0,
-        logps[1, 2] - 0.6,
-    )
-    masked_logps[1, 0] = logps[1, 0] - 0.4
-    entropy = 1 + torch.rand(2, 4, generator=generator)
-    return (
-        entropy,
-        logps,
-        masked_logps,
-        torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0]]),
-    )  # the last: where the image is worth > 1/2
+    """entropy, logps, masked_logps, each (2, 4), with the gaps above."""
+    masked_logps = torch.tensor([[-3.0, -0.2, -1.0, -0.5], [-2.0, -0.1, -1.5, -0.7]])
+    return torch.tensor([[1.1, 1.2, 1.3, 1.4], [1.5, 1.6, 1.7, 1.8]]), masked_logps + GAPS, masked_logps
 
 
 def tokens_are_chosen(vision_entropy):
-    """H stays where log pi - log pi_mask exceeds the threshold, and is 0 elsewhere, also where the image makes the token LESS likely"""
-    entropy, logps, masked_logps, chosen = token_tensors()
-    logps = logps.clone()
-    logps[0, 2:], logps[1, 1], logps[1, 3] = masked_logps[0, 2:], masked_logps[1, 1], masked_logps[1, 3]
-    close(vision_entropy(entropy, logps, masked_logps, 0.5), entropy * chosen)
-    close(
-        vision_entropy(entropy, logps, masked_logps, 0.3),
-        entropy * (chosen + torch.tensor([[0.0, 0, 0, 0], [1, 0, 0, 0]])),
-        "with a threshold of 0.3 one more token is to be chosen",
-    )
+    """H stays where log pi - log pi_mask exceeds the threshold, and is 0 elsewhere, below 0 too"""
+    entropy, logps, masked_logps = token_tensors()
+    for threshold in (0.5, 0.3):
+        what = f"threshold {threshold}, gaps {show(GAPS)}, entropies {show(entropy)}"
+        expect(what, vision_entropy(entropy, logps, masked_logps, threshold), entropy * (GAPS > threshold))
 
 
 def only_entropy_gets_gradient(vision_entropy):
-    """In papo_loss with eta1 = 1 the gradient reaches the entropy of chosen tokens, and nothing through the choice itself"""
-    entropy, logps, masked_logps, _ = (x.clone().requires_grad_() for x in token_tensors())
-    with torch.no_grad():
-        chosen = (logps - masked_logps > 0.5).float()
+    """In papo_loss with eta1 = 1 the gradient reaches the chosen entropies, nothing through the choice"""
+    entropy, logps, masked_logps = (x.clone().requires_grad_() for x in token_tensors())
     bonus = vision_entropy(entropy, logps, masked_logps, 0.5)
     zeros, ones = torch.zeros(2, 4), torch.ones(2, 4)
-    papo_loss(PAPOConfig(gamma=0, beta=0, eta1=1.0), zeros, zeros, torch.zeros(2), ones, entropy=bonus)[
-        0
-    ].backward()
-    assert entropy.grad is not None, "the entropy got no gradient"
-    close(entropy.grad, chosen / 8, "gradient in the entropy")
-    for name, x in (("logps", logps), ("masked_logps", masked_logps)):
-        assert x.grad is None or not x.grad.any(), f"{name} got a gradient"
+    config = PAPOConfig(gamma=0, beta=0, eta1=1.0)
+    papo_loss(config, zeros, zeros, torch.zeros(2), ones, entropy=bonus)[0].backward()
+    for name, x, expected in (
+        ("entropy", entropy, (GAPS > 0.5) / 8),
+        ("logps", logps, zeros),
+        ("masked_logps", masked_logps, zeros),
+    ):
+        expect(f"gradient in {name}", zeros if x.grad is None else x.grad, expected)
 
 
 def padding_stays_out(vision_entropy):
     """Where both log-probs are equal, as on padding, nothing is chosen, even if the entropy there is nan"""
-    entropy = torch.tensor([[1.0, float("nan")]])
-    close(
-        vision_entropy(entropy, torch.tensor([[-0.1, 0.0]]), torch.tensor([[-3.0, 0.0]]), 0.5), [[1.0, 0.0]]
+    given = vision_entropy(
+        torch.tensor([[1.0, float("nan")]]), torch.tensor([[-0.1, 0.0]]), torch.tensor([[-3.0, 0.0]]), 0.5
     )
+    expect("gaps [2.9, 0], entropies [1, nan]", given, [[1.0, 0.0]])
 
 
 def baseline_leaves_one_out(leave_one_out):
-    """A_i is R_i minus the mean of the OTHER rewards: [1, 0, 0, 0] gives [1, -1/3, -1/3, -1/3]"""
-    close(leave_one_out(torch.tensor([1.0, 0, 0, 0])), [1, -1 / 3, -1 / 3, -1 / 3])
-    close(leave_one_out(torch.tensor([3.0, 1.0])), [2.0, -2.0])
+    """A_i is R_i minus the mean of the OTHER rewards"""
+    expect("rewards [1, 0, 0, 0]", leave_one_out(torch.tensor([1.0, 0, 0, 0])), [1, -1 / 3, -1 / 3, -1 / 3])
+    expect("rewards [3, 1]", leave_one_out(torch.tensor([3.0, 1.0])), [2.0, -2.0])
 
 
 def baseline_keeps_the_scale(leave_one_out):
-    """Nothing divides by the standard deviation: rewards ten times as large give advantages ten times as large"""
-    rewards = torch.tensor([0.9, 0.1, 1.0, 0.0, 0.1])
-    close(leave_one_out(10 * rewards), 10 * leave_one_out(rewards))
+    """Nothing divides by the standard deviation: ten times the rewards give ten times the advantages"""
+    expect("rewards [10, 0, 0]", leave_one_out(torch.tensor([10.0, 0, 0])), [10, -5, -5])
 
 
 def baseline_per_group(leave_one_out):
     """Several groups at once, (n, G) -> (n, G), each on its own; a group of equal rewards gives 0"""
-    rewards = torch.tensor([[1.0, 0, 0], [0.1, 0.1, 0.1], [0, 1, 1]])
-    close(leave_one_out(rewards), [[1, -0.5, -0.5], [0, 0, 0], [-1, 0.5, 0.5]])
+    rewards = [[1.0, 0, 0], [0.1, 0.1, 0.1], [0, 1, 1]]
+    expected = [[1, -0.5, -0.5], [0, 0, 0], [-1, 0.5, 0.5]]
+    expect(f"rewards {rewards}", leave_one_out(torch.tensor(rewards)), expected)
 
 
 def weights_are_weights(kl_weights):
-    """One finite weight of 0 or more per token, (B, T), not all of them 0"""
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        logps, masked_logps = (
-            -3 * torch.rand(2, 5, generator=generator),
-            -3 * torch.rand(2, 5, generator=generator),
-        )
-        weights = torch.as_tensor(kl_weights(logps, masked_logps, torch.rand(2, 5, generator=generator)))
-        assert weights.shape == (2, 5), f"shape {tuple(weights.shape)}, not (2, 5)"
-        assert weights.isfinite().all() and (weights >= 0).all(), "a weight is negative or not finite"
-        assert weights.float().sum() > 0, "all weights are 0: the term is switched off"
+    """One finite weight of 0 or more per token, (B, T); over all kinds of tokens not all of them 0"""
+    generator = torch.Generator().manual_seed(0)
+    masked_logps = -0.5 - 5 * torch.rand(20, 6, generator=generator)  # (B, T)
+    gaps = (5 * torch.randn(20, 6, generator=generator)).clamp(max=-masked_logps - 0.01)  # (B, T)
+    gaps[:, -1] = 0  # a token that owes nothing to the image
+    weights = kl_weights(masked_logps + gaps, masked_logps, 3 * torch.rand(20, 6, generator=generator))
+    weights = torch.as_tensor(weights, dtype=torch.float32)
+    require(
+        weights.shape == (20, 6),
+        f"20 responses of 6 tokens: you gave shape {tuple(weights.shape)}, expected (20, 6)",
+    )
+    smallest = weights.min().item()
+    require(
+        weights.isfinite().all(), "you gave a weight that is not finite, expected a number for every token"
+    )
+    require(smallest >= 0, f"your smallest weight is {smallest:.4g}, expected 0 or more")
+    require(weights.sum() > 0, "you gave 0 for all of 120 different tokens: that switches the term off")
 
 
-def weights_are_constant(kl_weights):
-    """The choice of tokens is not differentiated: else the policy is paid for shifting weight instead of for looking"""
-    inputs = [
-        (-3 * torch.rand(2, 5, generator=torch.Generator().manual_seed(seed))).requires_grad_()
-        for seed in range(3)
-    ]
-    weights = torch.as_tensor(kl_weights(*inputs))
-    assert not weights.requires_grad, "the weights carry gradient; use .detach()"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # What is graded by what
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
-two = torch.zeros(2, 3)
-EXERCISES = {  # name: (what papo.py calls it, or None; tests; a call that shows whether it is solved)
-    "advantages": (
-        "group_advantages",
-        [
-            "test_loss.test_group_advantages_by_hand_and_numpy",
-            "test_loss.test_a_group_of_equal_rewards_is_exactly_zero",
-        ],
-        lambda f: f([1.0, 0.0]),
-    ),
-    "clip": (
-        "clipped_policy_loss",
-        ["test_loss.test_clipped_policy_loss_by_hand", "test_loss.test_policy_log_ratio_is_clamped_to_20"],
-        lambda f: f(two, two, torch.ones(2), 0.2, 0.3, 3.0),
-    ),
-    "mask": (
-        "mask_patches",
-        [
-            "test_masking.test_cells_are_black_or_untouched",
-            "test_masking.test_ratio_is_the_probability_of_black",
-            "test_masking.test_the_generator_decides",
-        ],
-        lambda f: f(grey(), 0.6, 14, torch.Generator()),
-    ),
-    "k3": (
-        "kl_k3",
-        [
-            "test_loss.test_k3_value_clamps_and_gradient",
-            "test_loss.test_k3_is_unbiased_and_the_printed_one_is_not",
-            "test_loss.test_expected_gradients_at_fixed_samples",
-        ],
-        lambda f: f(two, two),
-    ),
-    "noise": (
-        None,
-        [noise_keeps_the_shape, noise_has_its_strength, noise_does_not_wrap, noise_is_independent],
-        lambda f: f(grey(), 0.1, torch.Generator()),
-    ),
-    "exact KL": (
-        None,
-        [kl_has_its_value, kl_descends_itself, kl_holds_the_mask_constant],
-        lambda f: f(*distributions()),
-    ),
-    "vision entropy": (
-        None,
-        [tokens_are_chosen, only_entropy_gets_gradient, padding_stays_out],
-        lambda f: f(*token_tensors()[:3], 0.5),
-    ),
-    "leave one out": (
-        None,
-        [baseline_leaves_one_out, baseline_keeps_the_scale, baseline_per_group],
-        lambda f: f(torch.tensor([1.0, 0.0])),
-    ),
-    "KL weights": (None, [weights_are_weights, weights_are_constant], lambda f: f(two, two, two)),
+EXERCISES = {
+    "prediction": [prediction_holds],
+    "advantages": [advantages_have_their_value, advantages_per_group, equal_groups_teach_nothing],
+    "clip": [clip_has_its_value, clip_takes_a_batch],
+    "mask": [
+        masks_make_a_new_image,
+        masks_have_their_ratio,
+        masks_are_coin_flips,
+        masks_come_from_the_generator,
+    ],
+    "k3": [k3_has_its_value, k3_is_clamped, k3_sees_small_differences, k3_has_its_gradient],
+    "noise": [noise_keeps_the_shape, noise_has_its_strength, noise_does_not_wrap, noise_is_independent],
+    "exact KL": [kl_has_its_value, kl_descends_itself, kl_holds_the_mask_constant],
+    "vision entropy": [tokens_are_chosen, only_entropy_gets_gradient, padding_stays_out],
+    "leave one out": [baseline_leaves_one_out, baseline_keeps_the_scale, baseline_per_group],
+    "KL weights": [weights_are_weights],
 }
 
 
-@contextmanager
-def swapped(name, function, *modules):
-    """`function` in the place of papo's `name`, in every given module that has it; put back afterwards."""
-    kept = [(module, getattr(module, name)) for module in modules if hasattr(module, name)]
-    for module, _ in kept:
-        setattr(module, name, function)
-    try:
-        yield
-    finally:
-        for module, original in kept:
-            setattr(module, name, original)
+class NotSolved(Exception):
+    """The student's function returns nothing yet."""
 
 
-def cases(test):
-    """The keyword arguments of every case of a parametrized pytest test."""
-    tables = []
-    for mark in getattr(test, "pytestmark", []):
-        names = [name.strip() for name in mark.args[0].split(",")]
-        tables.append([dict(zip(names, values if len(names) > 1 else [values])) for values in mark.args[1]])
-    return [
-        {name: value for part in parts for name, value in part.items()}
-        for parts in itertools.product(*tables)
-    ]
+def check(name, answer):
+    """Grade an answer to exercise `name` and print the verdict. True: solved, False: wrong, None: not yet."""
 
+    def solved(*inputs, **settings):
+        given = answer(*inputs, **settings) if callable(answer) else answer
+        if given is None or given is ... or isinstance(given, tuple) and ... in given:
+            raise NotSolved
+        return given
 
-def what_failed(test, case, error):
-    """One sentence on what should hold, then the case and the reason."""
-    promise = " ".join(inspect.getdoc(test).split()).rstrip(".:")
-    reason = " ".join(str(error).split())[:200]
-    if (
-        isinstance(error, AssertionError) and len(reason) < 15
-    ):  # a bare assert: its own line says what does not hold
-        line = next(
-            f.line
-            for f in reversed(traceback.extract_tb(error.__traceback__))
-            if f.filename == inspect.getfile(test)
-        )
-        reason = (
-            f"this does not hold: {line.removeprefix('assert ').split('  #')[0]}{reason and ' at ' + reason}"
-        )
-    elif not isinstance(error, AssertionError):
-        reason = f"{type(error).__name__}: {reason}"
-    where = ", ".join(f"{name} = {value}" for name, value in case.items())
-    return f"{promise}.\n      {where + ': ' if where else ''}{reason}"
-
-
-def check(name, function):
-    """Grade a solution of exercise `name` and print the verdict. True: solved, False: wrong, None: not solved yet."""
-    replaces, tests, probe = EXERCISES[name]
-    try:
-        result = probe(function)
-        if result is None or result is ...:
-            raise NotImplementedError
-    except NotImplementedError:
-        print(f"{name}: not solved yet.")
-        return None
-    except Exception:  # it is solved, if wrongly: the tests below say how
-        pass
-    failures, count = [], 0
-    for test in tests:
-        module = sys.modules[__name__]
-        if isinstance(test, str):
-            module, test = importlib.import_module(test.split(".")[0]), test.split(".")[1]
-            test = getattr(module, test)
-        for case in cases(test):
-            count += 1
-            try:
-                if replaces is None:
-                    test(function)
-                else:
-                    with swapped(replaces, function, papo, module):
-                        test(**case)
-            except Exception as error:
-                failures.append((test, what_failed(test, case, error)))
+    failures = []
+    for test in EXERCISES[name]:
+        try:
+            test(solved)
+        except (NotSolved, NotImplementedError):
+            print(f"{name}: not solved yet.")
+            return None
+        except Wrong as wrong:
+            failures.append((test, str(wrong)))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:200]
+            failures.append((test, f"your function stops with {type(error).__name__}: {reason}"))
     if not failures:
-        print(f"{name}: right. All {count} checks pass.")
+        print(f"{name}: right.")
         return True
-    print(f"{name}: {len(failures)} of {count} checks fail.")
-    shown = []
-    for test, text in failures:
-        if shown.count(test) < 2:  # two cases of one test are enough
-            print(f"  - {text}")
-        shown.append(test)
+    print(f"{name}: {len(failures)} of {len(EXERCISES[name])} checks fail.")
+    for test, words in failures:
+        print(f"  - {' '.join(test.__doc__.split())}.\n      {words}")
     return False

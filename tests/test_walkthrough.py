@@ -1,4 +1,4 @@
-"""walkthrough.ipynb runs without an error, was committed as it runs, copies nothing, and its graders can tell right from wrong."""
+"""walkthrough.ipynb runs without an error, was committed as it runs, copies nothing; its graders know right from wrong."""
 
 import inspect
 import re
@@ -140,7 +140,12 @@ def log_ratio(a, b):
     return (b - a).clamp(-20, 20)
 
 
-WRONG = {  # three for each: the slip that a student is likely to make
+WRONG = {  # at least three for each: the slips that a student is likely to make
+    "prediction": {
+        "the many stand out": ("wrong", "shrinks"),
+        "more right ones, more credit": ("right", "grows"),
+        "one word only": "right",
+    },
     "advantages": {
         "no standard deviation": lambda R, eps=1e-6: advantages(R)[1],
         "biased standard deviation": lambda R, eps=1e-6: (
@@ -168,6 +173,10 @@ WRONG = {  # three for each: the slip that a student is likely to make
         ),
         "k2": lambda a, b: (log_ratio(a, b) ** 2 / 2).clamp(max=10),
         "no clamp of the value": lambda a, b: log_ratio(a, b).expm1() - log_ratio(a, b),
+        "rounding near equality": lambda a, b: (log_ratio(a, b).exp() - log_ratio(a, b) - 1).clamp(max=10),
+        "the other policy's gradient": lambda a, b: (
+            log_ratio(a.detach(), b + (a - a.detach())).expm1() - log_ratio(a.detach(), b + (a - a.detach()))
+        ).clamp(max=10),
     },
     "noise": {
         "bytes that run over": lambda i, sigma=0.3, generator=None: noisy(i, sigma, generator, clamp=False),
@@ -196,9 +205,10 @@ WRONG = {  # three for each: the slip that a student is likely to make
         "the sum of the others": lambda R: 2 * torch.as_tensor(R) - torch.as_tensor(R).sum(-1, keepdim=True),
     },
     "KL weights": {
-        "negative weights": lambda p, m, H: (p - m).detach(),
-        "weights that are differentiated": lambda p, m, H: (p - m).exp(),
+        "negative weights": lambda p, m, H: p - m,
         "one weight per response": lambda p, m, H: torch.ones(len(p)),
+        "divided by a gap of 0": lambda p, m, H: H / (p - m).abs(),
+        "switched off": lambda p, m, H: torch.zeros_like(p),
     },
 }
 
@@ -230,13 +240,13 @@ def test_the_right_answer_passes(name, capsys):
 
 @pytest.mark.parametrize("name, mistake", [(name, mistake) for name in WRONG for mistake in WRONG[name]])
 def test_wrong_answers_fail_in_words(name, mistake, capsys):
-    """The verdict names what should hold, and papo's own function is back in its place."""
-    assert len(WRONG[name]) == 3
-    before = {key: value for key, value in vars(papo).items() if callable(value)}
+    """The verdict names what should hold, what was given and what was expected; never an assertion's text."""
+    assert len(WRONG[name]) >= 3
     assert check(name, WRONG[name][mistake]) is False
     said = capsys.readouterr().out
-    assert re.search(r"\d+ of \d+ checks fail\.\n  - \w.{30}", said) and "RecursionError" not in said, said
-    assert all(vars(papo)[key] is value for key, value in before.items())
+    assert re.search(r"\d of \d checks? fail\.\n  - \w.{30}", said), said
+    assert re.search(r"\b[Yy]ou(r| gave| blacked| drew)|was changed", said), said
+    assert "Error" not in said and "assert" not in said and "isclose" not in said, said
 
 
 def raises(*inputs, **settings):
@@ -244,7 +254,7 @@ def raises(*inputs, **settings):
 
 
 @pytest.mark.parametrize(
-    "unsolved", [raises, lambda *inputs, **settings: None, lambda *inputs, **settings: ...]
+    "unsolved", [raises, lambda *inputs, **settings: None, lambda *inputs, **settings: ..., ...]
 )
 @pytest.mark.parametrize("name", EXERCISES)
 def test_an_unsolved_exercise_is_no_error(name, unsolved, capsys):
@@ -252,5 +262,14 @@ def test_an_unsolved_exercise_is_no_error(name, unsolved, capsys):
     assert capsys.readouterr().out == f"{name}: not solved yet.\n"
 
 
-def test_a_crash_of_the_students_function_is_reported():
+def test_a_crash_of_the_students_function_is_reported(capsys):
     assert check("k3", lambda logps, other_logps: 1 / 0) is False
+    assert "your function stops with ZeroDivisionError: division by zero" in capsys.readouterr().out
+
+
+def test_a_verdict_has_both_numbers(capsys):
+    """A sign slip in the clipped loss: the student sees the inputs, their number and the right one."""
+    assert check("clip", lambda *inputs: -papo.clipped_policy_loss(*inputs)) is False
+    assert "ratio 0.3, A 2, eps_l 0.2, eps_h 0.3, c 3: you gave 0.6, expected -0.6" in (
+        capsys.readouterr().out
+    )
