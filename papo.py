@@ -815,16 +815,16 @@ class Group:
         return 0 < sum(score["accuracy"] for score in self.scores) < len(self.scores)
 
 
-def prepare(model, processor, question, image) -> Prompt:
-    """encode_prompt, and the image's features where training cannot change them."""
-    prompt = encode_prompt(processor, question, image)
+def prepare(model, processor, row) -> Prompt:
+    """A row's prompt, taken out of it if it is encoded already, and the image's features where training cannot change them."""
+    prompt = row.pop("prompt", None) or encode_prompt(processor, row["problem"], row["images"][0])
     frozen = not any(p.requires_grad for p in model.model.visual.parameters())
     return encode_image(model, prompt) if frozen else prompt
 
 
 def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
     """Encode, sample, reward and standardise: a Group per row, not yet masked. generator: on the model's device."""
-    prompts = [prepare(model, processor, row["problem"], row["images"][0]) for row in rows]
+    prompts = [prepare(model, processor, row) for row in rows]
     sampled = sample_groups(
         model,
         processor,
@@ -875,7 +875,7 @@ def roll_out(model, processor, config, rows, generator):
         for group in groups:  # one fresh mask per question and step, shared by its group
             image = fit_image(processor, group.row["images"][0])
             group.masked_image = mask_patches(image, config.mask_ratio, config.patch_size, masking)
-            group.masked_prompt = prepare(model, processor, group.row["problem"], group.masked_image)
+            group.masked_prompt = prepare(model, processor, {**group.row, "images": [group.masked_image]})
     return groups, redraws
 
 

@@ -285,24 +285,57 @@ def default_out(config, run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Rows:
-    """The usable rows of a data set as {images: [one image], problem, answer}, decoded when asked for."""
+# What Pillow raises for a damaged or huge file.
+UNREADABLE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
 
-    def __init__(self, dataset, columns, folder, indices):
+
+class Unusable(UserError):
+    """A row that cannot be trained on or asked about; its message is the reason."""
+
+
+class Rows:
+    """Rows of a data set as {images: [one image], problem, answer}, read when asked for.
+
+    With a processor a row is also encoded, as `prompt`, and its length checked. One that cannot be used raises Unusable; `skipped`
+    keeps {place: reason}, and the first row of each reason is said at once."""
+
+    def __init__(self, dataset, columns, folder, indices, processor=None, max_prompt_tokens=None):
         self.dataset, self.columns, self.folder, self.indices = dataset, columns, folder, indices
+        self.processor, self.max_prompt_tokens, self.skipped = processor, max_prompt_tokens, {}
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        return read_row(self.dataset[self.indices[i]], self.columns, self.folder)
+        index = self.indices[i]
+        try:
+            row = read_row(self.dataset[index], self.columns, self.folder)
+            if self.processor:
+                row["prompt"] = encode_prompt(self.processor, row["problem"], row["images"][0])
+                if row["prompt"]["input_ids"].shape[1] > self.max_prompt_tokens:
+                    raise ValueError(f"prompt longer than {self.max_prompt_tokens} tokens")
+            return row
+        except ValueError as error:
+            reason = str(error)
+        except UNREADABLE:
+            reason = "unreadable image"
+        if reason not in self.skipped.values():
+            tqdm.write(f"skipping row {index}: {reason}")
+        self.skipped[i] = reason
+        raise Unusable(f"row {index}: {reason}")
 
-    def part(self, start, end):
-        return Rows(self.dataset, self.columns, self.folder, self.indices[start:end])
+    def part(self, indices):
+        """Some of the rows, known to be usable: they are only read."""
+        return Rows(self.dataset, self.columns, self.folder, indices)
+
+    def say_skipped(self):
+        for reason, count in Counter(self.skipped.values()).most_common():
+            tqdm.write(f"skipped {count} rows: {reason}")
 
 
 class RowStream:
-    """An endless iterator over rows, newly shuffled each epoch. `count` rows are behind it: all the state there is."""
+    """An endless iterator over usable rows, newly shuffled each epoch. `count` rows, also unusable ones, are behind it: all the
+    state there is. Raises UserError once every row has turned out to be unusable."""
 
     def __init__(self, rows, seed):
         self.rows, self.seed, self.count, self.order = rows, seed, 0, None
@@ -311,12 +344,20 @@ class RowStream:
         return self
 
     def __next__(self):
-        epoch, place = divmod(self.count, len(self.rows))
-        if place == 0 or self.order is None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.order = torch.randperm(len(self.rows), generator=generator).tolist()
-        self.count += 1
-        return self.rows[self.order[place]]
+        while True:
+            epoch, place = divmod(self.count, len(self.rows))
+            if place == 0 or self.order is None:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                self.order = torch.randperm(len(self.rows), generator=generator).tolist()
+            self.count += 1
+            try:
+                return self.rows[self.order[place]]
+            except Unusable:
+                if len(self.rows.skipped) == len(self.rows):
+                    reasons = dict(Counter(self.rows.skipped.values()))
+                    raise UserError(
+                        f"none of the {len(self.rows)} rows to train on is usable: {reasons}"
+                    ) from None
 
 
 def open_dataset(name, split):
@@ -357,8 +398,8 @@ def hub_hint(path):
 
 
 def read_row(row, columns, folder):
-    """One row in the trainer's own columns. Raises ValueError with the reason if it has not exactly one image, or no answer;
-    the image may still be unreadable."""
+    """One row in the trainer's own columns. Raises ValueError with the reason if it has not exactly one image, or no answer,
+    and UNREADABLE if its image is damaged."""
     image_column, problem_column, answer_column = columns
     images = row[image_column] if isinstance(row[image_column], (list, tuple)) else [row[image_column]]
     images = [image for image in images if image is not None]
@@ -371,6 +412,8 @@ def read_row(row, columns, folder):
         image = Image.open(folder / image)
     if not isinstance(image, (str, Image.Image)):
         raise ValueError("unreadable image")
+    if isinstance(image, Image.Image):
+        image.load()
     problem, answer = row[problem_column], row[answer_column]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError("problem is no text")
@@ -382,7 +425,8 @@ def read_row(row, columns, folder):
 
 
 def load_rows(run, processor):
-    """The usable rows of --dataset. The others are counted and reported by reason; none is cut to fit."""
+    """Rows to train on, each checked when it is drawn, and held-out ones, checked here: the last usable --eval_size, at most a
+    quarter, or all if nothing is trained. Unusable rows are skipped and counted by reason; none is cut to fit."""
     dataset = open_dataset(run.dataset, run.split)
     columns = run.image_column, run.problem_column, run.answer_column
     if missing := [name for name in columns if name not in dataset.column_names]:
@@ -391,31 +435,29 @@ def load_rows(run, processor):
             "(see --image-column, --problem-column, --answer-column)"
         )
     folder = Path(run.dataset) if Path(run.dataset).is_dir() else Path(run.dataset).parent
-    usable, skipped = [], Counter()
-    for i in tqdm(
-        range(min(len(dataset), run.max_samples or len(dataset))), desc="checking rows", unit="row"
-    ):
-        try:
-            row = read_row(dataset[i], columns, folder)
-            prompt = encode_prompt(processor, row["problem"], row["images"][0])
-            if prompt["input_ids"].shape[1] > run.max_prompt_tokens:
-                raise ValueError(f"prompt longer than {run.max_prompt_tokens} tokens")
-            usable.append(i)
-        except ValueError as error:
-            skipped[str(error)] += 1
-        except (
-            OSError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ):  # what Pillow raises for a damaged or huge file
-            skipped["unreadable image"] += 1
-    for reason, count in skipped.most_common():
-        print(f"skipped {count} rows: {reason}")
-    if len(usable) < 2:
+    total = min(len(dataset), run.max_samples or len(dataset))
+    rows = Rows(dataset, columns, folder, range(total), processor, run.max_prompt_tokens)
+    wanted = total if run.eval_only else max(1, min(run.eval_size, total // 4))
+    held_out, start = [], total
+    with tqdm(total=wanted, desc="checking held-out rows", unit="row") as bar:
+        while start > 0 and len(held_out) < wanted:
+            start -= 1
+            with suppress(Unusable):
+                rows[start]
+                held_out.insert(0, start)
+                bar.update()
+    rows.say_skipped()
+    needed = 1 if run.eval_only else 2
+    if start == 0 and len(held_out) < needed:
         raise UserError(
-            f"--dataset {run.dataset}: {len(usable)} usable rows, at least 2 are needed; skipped {dict(skipped)}"
+            f"--dataset {run.dataset}: {len(held_out)} usable rows, at least {needed} are needed; "
+            f"skipped {dict(Counter(rows.skipped.values()))}"
         )
-    return Rows(dataset, columns, folder, usable)
+    train = range(start)
+    if start == 0 and not run.eval_only:  # so few are usable that all were seen
+        end = len(held_out) - max(1, len(held_out) // 4)
+        train, held_out = held_out[:end], held_out[end:]
+    return Rows(dataset, columns, folder, train, processor, run.max_prompt_tokens), rows.part(held_out)
 
 
 SUPPORTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -434,9 +476,15 @@ def load_model(run):
                 f"--model {run.model} is a LoRA adapter, and a second one on top of it cannot be loaded without it: "
                 "add --merge, which writes whole models"
             )
-        kind = AutoConfig.from_pretrained(base).model_type
-        if kind not in SUPPORTED:
+        settings = AutoConfig.from_pretrained(base)
+        if (kind := settings.model_type) not in SUPPORTED:
             raise UserError(f"--model {run.model} is a {kind}; supported are {', '.join(SUPPORTED)}")
+        layers = getattr(settings.get_text_config(), "layer_types", None) or ()  # Qwen3-VL has none
+        if "sliding_attention" in layers:
+            raise UserError(
+                f"--model {run.model} uses sliding-window attention, under which sampling and scoring differ: "
+                "set use_sliding_window to false in its config.json"
+            )
         processor = AutoProcessor.from_pretrained(run.model)
         dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
         merge = adapter and not run.eval_only  # an adapter is evaluated as it was trained, beside its base
@@ -474,12 +522,7 @@ def load(run):
     if run.model:
         model, processor = load_model(run)
     if run.dataset:
-        rows = load_rows(run, processor)
-        end = 0 if run.eval_only else len(rows) - max(1, min(run.eval_size, len(rows) // 4))
-        rows, held_out = (
-            rows.part(0, end),
-            rows.part(end, None),
-        )  # held out: the last ones, or all if nothing is trained
+        rows, held_out = load_rows(run, processor)
     else:
         rows = toy.toy_dataset("train", 2048, digits=run.digits, seed=run.seed)
         held_out = toy.toy_dataset(
@@ -932,6 +975,8 @@ def train(config, run):
         train_steps(trainer, evaluation, history, log, caught)
     if trainer.steps_done < run.steps:
         raise Stopped(caught[0])
+    if isinstance(rows, Rows):
+        rows.say_skipped()
     leave_behind(trainer, history, before_looks, look_closely(model, processor, config, examples))
 
 
