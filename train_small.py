@@ -541,32 +541,53 @@ def load(run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(model, processor, config, rows, seed=0, masked=False):
-    """Answer every question SAMPLES times at temperature 1. Returns the Groups, in the order of rows.
+class EncodedRows:
+    """What the processor made of the held-out rows, kept from one evaluation to the next until `room` bytes are full.
 
-    masked: with fresh random masks on the images, to see how far the answers depend on them."""
+    The first ones stay: evaluations ask for all rows in turn, where the least recently used is the next one needed."""
+
+    def __init__(self, room=2**30):
+        self.room, self.kept = room, {}
+
+    def get(self, key, make):
+        """The (row, state) under a key, from `make` if it is not kept. The row has a prompt and no images."""
+        if key in self.kept:
+            return self.kept[key]
+        row, state = entry = make()
+        size = state.nbytes + sum(tensor.nbytes for tensor in row["prompt"].values())
+        if size <= self.room:
+            self.room -= size
+            self.kept[key] = entry
+        return entry
+
+
+def evaluate(model, processor, config, rows, seed=0, masked=False, encoded=None):
+    """Answer every question SAMPLES times at temperature 1. Returns the Groups, in the order of rows, without images and prompts.
+
+    masked: with fresh random masks on the images, to see how far the answers depend on them. encoded: EncodedRows that
+    earlier calls with the same rows and settings have filled."""
     config = replace(config, group_size=SAMPLES, temperature=1.0, top_p=1.0)
     sampling = torch.Generator(model.device).manual_seed(seed)
     masking = torch.Generator().manual_seed(seed)
+    encoded = EncodedRows(room=0) if encoded is None else encoded
+
+    def encode(i):
+        row = dict(rows[i])
+        image = row.pop("images")[0]
+        if masked:
+            image = mask_patches(fit_image(processor, image), config.mask_ratio, config.patch_size, masking)
+        row["prompt"] = encode_prompt(processor, row["problem"], image)
+        return row, masking.get_state()
+
     groups = []
     for start in range(0, len(rows), config.prompts_per_sample):
-        share = [rows[i] for i in range(start, min(start + config.prompts_per_sample, len(rows)))]
-        if masked:
-            share = [
-                {
-                    **row,
-                    "images": [
-                        mask_patches(
-                            fit_image(processor, row["images"][0]),
-                            config.mask_ratio,
-                            config.patch_size,
-                            masking,
-                        )
-                    ],
-                }
-                for row in share
-            ]
-        groups += sample_and_grade(model, processor, config, share, sampling)
+        share = []
+        for i in range(start, min(start + config.prompts_per_sample, len(rows))):
+            row, state = encoded.get((i, masked, seed), lambda: encode(i))
+            masking.set_state(state)  # as if it had been drawn: the next row's mask is the same
+            share.append(dict(row))
+        for group in sample_and_grade(model, processor, config, share, sampling):
+            groups.append(replace(group, prompt=None))
     return groups
 
 
@@ -591,19 +612,21 @@ def summarise(groups):
 
 
 @contextmanager
-def explain_out_of_memory(trainer):
+def explain_out_of_memory(config, phase, training=True):
     """Turn an allocator's error into the phase it happened in, the sizes, and the flags that help."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; on a CPU only the text tells
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        c, sampling = trainer.config, trainer.phase_name in ("sample", "evaluate")
+        sizes = ["group_size", "max_new_tokens", "prompts_per_sample", "tokens_per_forward"]
+        lower = "--tokens_per_forward"
+        if phase in ("sample", "evaluate"):
+            lower = "--prompts_per_sample, --max_new_tokens"
+        help = "--lora 16 --precision bf16, --freeze_vision, --gpu_memory; the last checkpoint is whole"
         raise UserError(
-            f"out of memory in phase {trainer.phase_name} with group_size {c.group_size}, max_new_tokens {c.max_new_tokens}, "
-            f"prompts_per_sample {c.prompts_per_sample}, tokens_per_forward {c.tokens_per_forward}; lower "
-            f"{'--prompts_per_sample, --max_new_tokens' if sampling else '--tokens_per_forward'} or --max_pixels, or use --lora 16 --precision bf16, "
-            f"--freeze_vision, --gpu_memory; the last checkpoint is whole"
+            f"out of memory in phase {phase} with {', '.join(f'{name} {getattr(config, name)}' for name in sizes)}; "
+            f"lower {lower} or --max_pixels, or use {help if training else '--precision bf16'}"
         ) from error
 
 
@@ -666,7 +689,7 @@ class Trainer:
         on_gpu, self.phase_name, start = self.model.device.type == "cuda", name, time.perf_counter()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        with explain_out_of_memory(self):
+        with explain_out_of_memory(self.config, name):
             yield
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_rss()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
@@ -953,10 +976,13 @@ def train(config, run):
     with trainer.phase("evaluate"):
         before_looks = look_closely(model, processor, config, examples)
 
+    encoded = EncodedRows()
+
     def evaluation():
         with trainer.phase("evaluate"):
             seen, masked = (
-                summarise(evaluate(model, processor, config, held_out, masked=m)) for m in (False, True)
+                summarise(evaluate(model, processor, config, held_out, masked=m, encoded=encoded))
+                for m in (False, True)
             )
             return {f"eval_{k}": v for k, v in {**seen, "accuracy_masked": masked["accuracy"]}.items()}
 
@@ -1048,7 +1074,8 @@ def evaluate_only(config, run):
     with claimed_folder(config, run, ("eval.jsonl",)) as out:
         model, processor, _, rows = load(run)
         config = replace(config, patch_size=processor.image_processor.patch_size)
-        seen, masked = (evaluate(model, processor, config, rows, masked=m) for m in (False, True))
+        with explain_out_of_memory(config, "evaluate", training=False):
+            seen, masked = (evaluate(model, processor, config, rows, masked=m) for m in (False, True))
     lines = [
         {
             "problem": group.row["problem"],

@@ -660,6 +660,19 @@ def test_running_out_of_memory_names_the_phase_and_the_flags(
     assert "phase update" in message and "--tokens_per_forward" in message and "max_new_tokens 6" in message
 
 
+def test_evaluation_only_explains_running_out_of_memory(one_folder, parquet, tmp_path, capsys, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ts, "sample_and_grade", exhausted)
+    flags = ["--eval_only", "--model", one_folder, "--dataset", parquet, "--max_samples", "2"]
+    with pytest.raises(SystemExit) as stop:
+        ts.main([*flags, "--out", str(tmp_path / "r")])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "phase evaluate" in message and "lower --prompts_per_sample" in message
+    assert "checkpoint" not in message and not (tmp_path / "r").exists()
+
+
 # --- the embedded world ----------------------------------------------------------------------------------------------
 
 
