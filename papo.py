@@ -1016,9 +1016,12 @@ def prepare(model, prompt) -> Prompt:
 
 
 def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
-    """Encode, sample, reward, standardise: a Group per row, not yet masked. generator: on the model's
-    device."""
-    prompts = [prepare(model, encode_prompt(processor, row["problem"], row["images"][0])) for row in rows]
+    """Encode, sample, reward, standardise: a Group per row, not yet masked. generator: on the model's device.
+
+    A row may bring its `prompt`, encoded when it was checked; it is taken out of the row, and its pixels with
+    it."""
+    encode = lambda row: row.pop("prompt", None) or encode_prompt(processor, row["problem"], row["images"][0])
+    prompts = [prepare(model, encode(row)) for row in rows]
     sizes = config.group_size, config.max_new_tokens
     sampled = sample_groups(model, processor, prompts, *sizes, config.temperature, config.top_p, generator)
     groups = []

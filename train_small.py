@@ -287,24 +287,57 @@ def default_out(config, run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class Rows:
-    """The usable rows of a data set as {images: [one image], problem, answer}, decoded when asked for."""
+# What Pillow raises for a damaged or huge file.
+UNREADABLE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
 
-    def __init__(self, dataset, columns, folder, indices):
+
+class Unusable(UserError):
+    """A row that cannot be trained on or asked about; its message is the reason."""
+
+
+class Rows:
+    """Rows of a data set as {images: [one image], problem, answer}, read when asked for.
+
+    With a processor a row is also encoded, as `prompt`, and its length checked. One that cannot be used raises Unusable; `skipped`
+    keeps {place: reason}, and the first row of each reason is said at once."""
+
+    def __init__(self, dataset, columns, folder, indices, processor=None, max_prompt_tokens=None):
         self.dataset, self.columns, self.folder, self.indices = dataset, columns, folder, indices
+        self.processor, self.max_prompt_tokens, self.skipped = processor, max_prompt_tokens, {}
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        return read_row(self.dataset[self.indices[i]], self.columns, self.folder)
+        index = self.indices[i]
+        try:
+            row = read_row(self.dataset[index], self.columns, self.folder)
+            if self.processor:
+                row["prompt"] = encode_prompt(self.processor, row["problem"], row["images"][0])
+                if row["prompt"]["input_ids"].shape[1] > self.max_prompt_tokens:
+                    raise ValueError(f"prompt longer than {self.max_prompt_tokens} tokens")
+            return row
+        except ValueError as error:
+            reason = str(error)
+        except UNREADABLE:
+            reason = "unreadable image"
+        if reason not in self.skipped.values():
+            tqdm.write(f"skipping row {index}: {reason}")
+        self.skipped[i] = reason
+        raise Unusable(f"row {index}: {reason}")
 
-    def part(self, start, end):
-        return Rows(self.dataset, self.columns, self.folder, self.indices[start:end])
+    def part(self, indices):
+        """Some of the rows, known to be usable: they are only read."""
+        return Rows(self.dataset, self.columns, self.folder, indices)
+
+    def say_skipped(self):
+        for reason, count in Counter(self.skipped.values()).most_common():
+            tqdm.write(f"skipped {count} rows: {reason}")
 
 
 class RowStream:
-    """An endless iterator over rows, newly shuffled each epoch. `count` rows are behind it: all the state there is."""
+    """An endless iterator over usable rows, newly shuffled each epoch. `count` rows, also unusable ones, are behind it: all the
+    state there is. Raises UserError once every row has turned out to be unusable."""
 
     def __init__(self, rows, seed):
         self.rows, self.seed, self.count, self.order = rows, seed, 0, None
@@ -313,12 +346,20 @@ class RowStream:
         return self
 
     def __next__(self):
-        epoch, place = divmod(self.count, len(self.rows))
-        if place == 0 or self.order is None:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self.order = torch.randperm(len(self.rows), generator=generator).tolist()
-        self.count += 1
-        return self.rows[self.order[place]]
+        while True:
+            epoch, place = divmod(self.count, len(self.rows))
+            if place == 0 or self.order is None:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                self.order = torch.randperm(len(self.rows), generator=generator).tolist()
+            self.count += 1
+            try:
+                return self.rows[self.order[place]]
+            except Unusable:
+                if len(self.rows.skipped) == len(self.rows):
+                    reasons = dict(Counter(self.rows.skipped.values()))
+                    raise UserError(
+                        f"none of the {len(self.rows)} rows to train on is usable: {reasons}"
+                    ) from None
 
 
 def open_dataset(name, split):
@@ -359,8 +400,8 @@ def hub_hint(path):
 
 
 def read_row(row, columns, folder):
-    """One row in the trainer's own columns. Raises ValueError with the reason if it has not exactly one image, or no answer;
-    the image may still be unreadable."""
+    """One row in the trainer's own columns. Raises ValueError with the reason if it has not exactly one image, or no answer,
+    and UNREADABLE if its image is damaged."""
     image_column, problem_column, answer_column = columns
     images = row[image_column] if isinstance(row[image_column], (list, tuple)) else [row[image_column]]
     images = [image for image in images if image is not None]
@@ -373,6 +414,8 @@ def read_row(row, columns, folder):
         image = Image.open(folder / image)
     if not isinstance(image, (str, Image.Image)):
         raise ValueError("unreadable image")
+    if isinstance(image, Image.Image):
+        image.load()
     problem, answer = row[problem_column], row[answer_column]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError("problem is no text")
@@ -384,7 +427,8 @@ def read_row(row, columns, folder):
 
 
 def load_rows(run, processor):
-    """The usable rows of --dataset. The others are counted and reported by reason; none is cut to fit."""
+    """Rows to train on, each checked when it is drawn, and held-out ones, checked here: the last usable --eval_size, at most a
+    quarter, or all if nothing is trained. Unusable rows are skipped and counted by reason; none is cut to fit."""
     dataset = open_dataset(run.dataset, run.split)
     columns = run.image_column, run.problem_column, run.answer_column
     if missing := [name for name in columns if name not in dataset.column_names]:
@@ -393,31 +437,29 @@ def load_rows(run, processor):
             "(see --image-column, --problem-column, --answer-column)"
         )
     folder = Path(run.dataset) if Path(run.dataset).is_dir() else Path(run.dataset).parent
-    usable, skipped = [], Counter()
-    for i in tqdm(
-        range(min(len(dataset), run.max_samples or len(dataset))), desc="checking rows", unit="row"
-    ):
-        try:
-            row = read_row(dataset[i], columns, folder)
-            prompt = encode_prompt(processor, row["problem"], row["images"][0])
-            if prompt["input_ids"].shape[1] > run.max_prompt_tokens:
-                raise ValueError(f"prompt longer than {run.max_prompt_tokens} tokens")
-            usable.append(i)
-        except ValueError as error:
-            skipped[str(error)] += 1
-        except (
-            OSError,
-            SyntaxError,
-            Image.DecompressionBombError,
-        ):  # what Pillow raises for a damaged or huge file
-            skipped["unreadable image"] += 1
-    for reason, count in skipped.most_common():
-        print(f"skipped {count} rows: {reason}")
-    if len(usable) < 2:
+    total = min(len(dataset), run.max_samples or len(dataset))
+    rows = Rows(dataset, columns, folder, range(total), processor, run.max_prompt_tokens)
+    wanted = total if run.eval_only else max(1, min(run.eval_size, total // 4))
+    held_out, start = [], total
+    with tqdm(total=wanted, desc="checking held-out rows", unit="row") as bar:
+        while start > 0 and len(held_out) < wanted:
+            start -= 1
+            with suppress(Unusable):
+                rows[start]
+                held_out.insert(0, start)
+                bar.update()
+    rows.say_skipped()
+    needed = 1 if run.eval_only else 2
+    if start == 0 and len(held_out) < needed:
         raise UserError(
-            f"--dataset {run.dataset}: {len(usable)} usable rows, at least 2 are needed; skipped {dict(skipped)}"
+            f"--dataset {run.dataset}: {len(held_out)} usable rows, at least {needed} are needed; "
+            f"skipped {dict(Counter(rows.skipped.values()))}"
         )
-    return Rows(dataset, columns, folder, usable)
+    train = range(start)
+    if start == 0 and not run.eval_only:  # so few are usable that all were seen
+        end = len(held_out) - max(1, len(held_out) // 4)
+        train, held_out = held_out[:end], held_out[end:]
+    return Rows(dataset, columns, folder, train, processor, run.max_prompt_tokens), rows.part(held_out)
 
 
 SUPPORTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -436,9 +478,15 @@ def load_model(run):
                 f"--model {run.model} is a LoRA adapter, and a second one on top of it cannot be loaded without it: "
                 "add --merge, which writes whole models"
             )
-        kind = AutoConfig.from_pretrained(base).model_type
-        if kind not in SUPPORTED:
+        settings = AutoConfig.from_pretrained(base)
+        if (kind := settings.model_type) not in SUPPORTED:
             raise UserError(f"--model {run.model} is a {kind}; supported are {', '.join(SUPPORTED)}")
+        layers = getattr(settings.get_text_config(), "layer_types", None) or ()  # Qwen3-VL has none
+        if "sliding_attention" in layers:
+            raise UserError(
+                f"--model {run.model} uses sliding-window attention, under which sampling and scoring differ: "
+                "set use_sliding_window to false in its config.json"
+            )
         processor = AutoProcessor.from_pretrained(run.model)
         dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
         merge = adapter and not run.eval_only  # an adapter is evaluated as it was trained, beside its base
@@ -476,12 +524,7 @@ def load(run):
     if run.model:
         model, processor = load_model(run)
     if run.dataset:
-        rows = load_rows(run, processor)
-        end = 0 if run.eval_only else len(rows) - max(1, min(run.eval_size, len(rows) // 4))
-        rows, held_out = (
-            rows.part(0, end),
-            rows.part(end, None),
-        )  # held out: the last ones, or all if nothing is trained
+        rows, held_out = load_rows(run, processor)
     else:
         rows = toy.toy_dataset("train", 2048, digits=run.digits, seed=run.seed)
         held_out = toy.toy_dataset(
@@ -500,32 +543,53 @@ def load(run):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def evaluate(model, processor, config, rows, seed=0, masked=False):
-    """Answer every question SAMPLES times at temperature 1. Returns the Groups, in the order of rows.
+class EncodedRows:
+    """What the processor made of the held-out rows, kept from one evaluation to the next until `room` bytes are full.
 
-    masked: with fresh random masks on the images, to see how far the answers depend on them."""
+    The first ones stay: evaluations ask for all rows in turn, where the least recently used is the next one needed."""
+
+    def __init__(self, room=2**30):
+        self.room, self.kept = room, {}
+
+    def get(self, key, make):
+        """The (row, state) under a key, from `make` if it is not kept. The row has a prompt and no images."""
+        if key in self.kept:
+            return self.kept[key]
+        row, state = entry = make()
+        size = state.nbytes + sum(tensor.nbytes for tensor in row["prompt"].values())
+        if size <= self.room:
+            self.room -= size
+            self.kept[key] = entry
+        return entry
+
+
+def evaluate(model, processor, config, rows, seed=0, masked=False, encoded=None):
+    """Answer every question SAMPLES times at temperature 1. Returns the Groups, in the order of rows, without images and prompts.
+
+    masked: with fresh random masks on the images, to see how far the answers depend on them. encoded: EncodedRows that
+    earlier calls with the same rows and settings have filled."""
     config = replace(config, group_size=SAMPLES, temperature=1.0, top_p=1.0)
     sampling = torch.Generator(model.device).manual_seed(seed)
     masking = torch.Generator().manual_seed(seed)
+    encoded = EncodedRows(room=0) if encoded is None else encoded
+
+    def encode(i):
+        row = dict(rows[i])
+        image = row.pop("images")[0]
+        if masked:
+            image = mask_patches(fit_image(processor, image), config.mask_ratio, config.patch_size, masking)
+        row["prompt"] = encode_prompt(processor, row["problem"], image)
+        return row, masking.get_state()
+
     groups = []
     for start in range(0, len(rows), config.prompts_per_sample):
-        share = [rows[i] for i in range(start, min(start + config.prompts_per_sample, len(rows)))]
-        if masked:
-            share = [
-                {
-                    **row,
-                    "images": [
-                        mask_patches(
-                            fit_image(processor, row["images"][0]),
-                            config.mask_ratio,
-                            config.patch_size,
-                            masking,
-                        )
-                    ],
-                }
-                for row in share
-            ]
-        groups += sample_and_grade(model, processor, config, share, sampling)
+        share = []
+        for i in range(start, min(start + config.prompts_per_sample, len(rows))):
+            row, state = encoded.get((i, masked, seed), lambda: encode(i))
+            masking.set_state(state)  # as if it had been drawn: the next row's mask is the same
+            share.append(dict(row))
+        for group in sample_and_grade(model, processor, config, share, sampling):
+            groups.append(replace(group, prompt=None))
     return groups
 
 
@@ -550,19 +614,21 @@ def summarise(groups):
 
 
 @contextmanager
-def explain_out_of_memory(trainer):
+def explain_out_of_memory(config, phase, training=True):
     """Turn an allocator's error into the phase it happened in, the sizes, and the flags that help."""
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError on a GPU; on a CPU only the text tells
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        c, sampling = trainer.config, trainer.phase_name in ("sample", "evaluate")
+        sizes = ["group_size", "max_new_tokens", "prompts_per_sample", "tokens_per_forward"]
+        lower = "--tokens_per_forward"
+        if phase in ("sample", "evaluate"):
+            lower = "--prompts_per_sample, --max_new_tokens"
+        help = "--lora 16 --precision bf16, --freeze_vision, --gpu_memory; the last checkpoint is whole"
         raise UserError(
-            f"out of memory in phase {trainer.phase_name} with group_size {c.group_size}, max_new_tokens {c.max_new_tokens}, "
-            f"prompts_per_sample {c.prompts_per_sample}, tokens_per_forward {c.tokens_per_forward}; lower "
-            f"{'--prompts_per_sample, --max_new_tokens' if sampling else '--tokens_per_forward'} or --max_pixels, or use --lora 16 --precision bf16, "
-            f"--freeze_vision, --gpu_memory; the last checkpoint is whole"
+            f"out of memory in phase {phase} with {', '.join(f'{name} {getattr(config, name)}' for name in sizes)}; "
+            f"lower {lower} or --max_pixels, or use {help if training else '--precision bf16'}"
         ) from error
 
 
@@ -626,7 +692,7 @@ class Trainer:
         on_gpu, self.phase_name, start = self.model.device.type == "cuda", name, time.perf_counter()
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        with explain_out_of_memory(self):
+        with explain_out_of_memory(self.config, name):
             yield
         peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_rss()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
@@ -913,10 +979,13 @@ def train(config, run):
     with trainer.phase("evaluate"):
         before_looks = look_closely(model, processor, config, examples)
 
+    encoded = EncodedRows()
+
     def evaluation():
         with trainer.phase("evaluate"):
             seen, masked = (
-                summarise(evaluate(model, processor, config, held_out, masked=m)) for m in (False, True)
+                summarise(evaluate(model, processor, config, held_out, masked=m, encoded=encoded))
+                for m in (False, True)
             )
             return {f"eval_{k}": v for k, v in {**seen, "accuracy_masked": masked["accuracy"]}.items()}
 
@@ -935,6 +1004,8 @@ def train(config, run):
         train_steps(trainer, evaluation, history, log, caught)
     if trainer.steps_done < run.steps:
         raise Stopped(caught[0])
+    if isinstance(rows, Rows):
+        rows.say_skipped()
     leave_behind(trainer, history, before_looks, look_closely(model, processor, config, examples))
 
 
@@ -1006,7 +1077,8 @@ def evaluate_only(config, run):
     with claimed_folder(config, run, ("eval.jsonl",)) as out:
         model, processor, _, rows = load(run)
         config = replace(config, patch_size=processor.image_processor.patch_size)
-        seen, masked = (evaluate(model, processor, config, rows, masked=m) for m in (False, True))
+        with explain_out_of_memory(config, "evaluate", training=False):
+            seen, masked = (evaluate(model, processor, config, rows, masked=m) for m in (False, True))
     lines = [
         {
             "problem": group.row["problem"],

@@ -386,8 +386,9 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
         max_pixels=15680,
     )
     _, processor = ts.load_model(run)
-    usable = ts.load_rows(run, processor)
-    assert [row["answer"] for row in usable] == ["3", "3"] and usable[0]["images"][0].size == (84, 84)
+    train, held_out = ts.load_rows(run, processor)
+    assert len(train) == len(held_out) == 1
+    assert train[0]["answer"] == held_out[0]["answer"] == "3" and train[0]["images"][0].size == (84, 84)
     said = capsys.readouterr().out
     for reason in (
         "unreadable image",
@@ -406,8 +407,103 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
     answers = []
     for name in (parquet, str(tmp_path / "saved"), str(tmp_path / "folder")):
         run = ts.RunConfig(model=one_folder, dataset=name, max_samples=5)
-        answers.append([row["answer"] for row in ts.load_rows(run, processor)])
+        train, held_out = ts.load_rows(run, processor)
+        assert len(held_out) == 1
+        answers.append([rows[i]["answer"] for rows in (train, held_out) for i in range(len(rows))])
     assert answers[0] == answers[1] == answers[2] == whole["answer"][:5]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A jsonl of 40 rows, each with an image file of its own; the answer is the row's number. Every third image is damaged."""
+    rows = []
+    for i in range(40):
+        path = tmp_path / f"{i}.png"
+        dots(i % 9 + 1).save(path)
+        if i % 3 == 0:
+            path.write_bytes(path.read_bytes()[:60])
+        rows.append({"images": path.name, "problem": "How many?", "answer": str(i)})
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def open_rows(folder, file, **flags):
+    run = ts.RunConfig(model=folder, dataset=str(file), min_pixels=4704, max_pixels=15680, **flags)
+    return ts.load_rows(run, AutoProcessor.from_pretrained(folder))
+
+
+def test_a_row_is_checked_when_it_is_drawn(one_folder, files, monkeypatch, capsys):
+    """Before training only as many rows are encoded as are held out. The draws are the same from any place on, unusable rows are
+    skipped and counted once however often they come."""
+    encoded = []
+    encode = ts.encode_prompt
+    monkeypatch.setattr(ts, "encode_prompt", lambda *a: (encoded.append(a[1].count("?")), encode(*a))[1])
+    rows, held_out = open_rows(one_folder, files, eval_size=6)
+    assert len(encoded) == 6
+    assert [int(held_out[i]["answer"]) for i in range(6)] == [31, 32, 34, 35, 37, 38]
+    stream = ts.RowStream(rows, seed=0)
+    places, answers = [0], []
+    for _ in range(60):  # three epochs
+        answers.append(int(next(stream)["answer"]))
+        places.append(stream.count)
+    usable = {i for i in range(31) if i % 3}
+    for epoch in range(3):
+        assert set(answers[20 * epoch : 20 * epoch + 20]) == usable
+    assert answers[:20] != answers[20:40] != answers[40:]
+    for behind in (1, 7, 20, 33):
+        again = ts.RowStream(open_rows(one_folder, files, eval_size=6)[0], seed=0)
+        again.count = places[behind]
+        assert [int(next(again)["answer"]) for _ in range(9)] == answers[behind : behind + 9]
+    capsys.readouterr()
+    rows.say_skipped()
+    assert capsys.readouterr().out.strip() == "skipped 11 rows: unreadable image"
+
+
+def test_which_rows_are_held_out_does_not_depend_on_drawing(one_folder, files):
+    _, before = open_rows(one_folder, files, eval_size=4)
+    rows, held_out = open_rows(one_folder, files, eval_size=4)
+    stream = ts.RowStream(rows, seed=3)
+    drawn = {next(stream)["answer"] for _ in range(50)}
+    assert held_out.indices == before.indices == [34, 35, 37, 38] and not drawn & {"34", "35", "37", "38"}
+
+
+def test_an_image_that_goes_missing_during_a_run_is_skipped(one_folder, files, tmp_path, capsys):
+    rows, _ = open_rows(one_folder, files, eval_size=4)
+    stream = ts.RowStream(rows, seed=0)
+    next(stream)
+    for i in range(0, 34, 2):
+        (tmp_path / f"{i}.png").unlink()
+    epoch = [int(next(stream)["answer"]) for _ in range(30)]
+    assert set(epoch[-11:]) <= {i for i in range(34) if i % 3 and i % 2}
+    for i in range(34):
+        (tmp_path / f"{i}.png").unlink(missing_ok=True)
+    with pytest.raises(
+        ts.UserError, match="none of the 34 rows to train on is usable: {'unreadable image': 34}"
+    ):
+        next(stream)
+    assert capsys.readouterr().out.count("skipping row") == 2  # one held out, one to train on
+
+
+def test_evaluation_only_skips_and_counts(one_folder, files, tmp_path, capsys):
+    small = "--min_pixels 4704 --max_pixels 15680 --max_new_tokens 2 --max_samples 5".split()
+    out = tmp_path / "eval"
+    ts.main(["--eval_only", "--model", one_folder, "--dataset", str(files), "--out", str(out), *small])
+    lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert [line["answer"] for line in lines] == ["1", "2", "4"]
+    assert "skipped 2 rows: unreadable image" in capsys.readouterr().out
+
+
+def test_a_sliding_window_is_refused(one_folder, tmp_path, capsys):
+    model = AutoModelForImageTextToText.from_pretrained(one_folder)
+    model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.text_config.sliding_window = 8
+    model.config.text_config.use_sliding_window = True
+    model.save_pretrained(tmp_path / "model")
+    AutoProcessor.from_pretrained(one_folder).save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        ts.main(["--model", str(tmp_path / "model")])
+    assert "uses sliding-window attention" in capsys.readouterr().err
 
 
 # --- precision -------------------------------------------------------------------------------------------------------
@@ -562,6 +658,19 @@ def test_running_out_of_memory_names_the_phase_and_the_flags(
         )
     message = capsys.readouterr().err
     assert "phase update" in message and "--tokens_per_forward" in message and "max_new_tokens 6" in message
+
+
+def test_evaluation_only_explains_running_out_of_memory(one_folder, parquet, tmp_path, capsys, monkeypatch):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ts, "sample_and_grade", exhausted)
+    flags = ["--eval_only", "--model", one_folder, "--dataset", parquet, "--max_samples", "2"]
+    with pytest.raises(SystemExit) as stop:
+        ts.main([*flags, "--out", str(tmp_path / "r")])
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and "phase evaluate" in message and "lower --prompts_per_sample" in message
+    assert "checkpoint" not in message and not (tmp_path / "r").exists()
 
 
 # --- the embedded world ----------------------------------------------------------------------------------------------
