@@ -135,7 +135,7 @@ def test_the_cache_of_sampling_is_what_is_allocated():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_about_what_autograd_saves(checkpointing):
-    """Distinct storages that a forward pass of one long row saves, without the weights: within 20 %. With checkpointing the
+    """Distinct storages that a forward pass of one long row saves, without the weights: at most the estimate, at least 85 %. With checkpointing the
     forward pass saves the layers' inputs; one layer's inside comes on top in backward."""
     model, processor, config, run = built(f"--gradient_checkpointing {checkpointing} --max_new_tokens 300")
     model.model.visual.requires_grad_(False)
@@ -161,4 +161,4 @@ def test_activations_are_about_what_autograd_saves(checkpointing):
     expected = sizes["activations"] * 2**30
     if checkpointing:
         expected -= ts.layer_bytes(P + 300, 128, 128, 512, 4)
-    assert hidden.requires_grad and 0.8 < size / expected < 1.2, size / expected
+    assert hidden.requires_grad and 0.85 < size / expected < 1.0, size / expected
