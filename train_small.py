@@ -38,6 +38,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 
 import toy
 from papo import (
+    HEAD_CHUNK,
     PAPOConfig,
     encode_prompt,
     end_tokens,
@@ -89,11 +90,12 @@ GPU_SIZES = {  # --gpu-memory: what fits with a 3B model, prompts of 1,000 and r
         max_new_tokens=1024,
     ),
     48: dict(
-        precision="bf16-kahan",
+        precision="bf16",
+        lora=64,
         freeze_vision=True,
         tokens_per_forward=4096,
-        prompts_per_sample=4,
-        max_new_tokens=1024,
+        prompts_per_sample=8,
+        max_new_tokens=2048,
     ),
     80: dict(precision="bf16-kahan", tokens_per_forward=8192, prompts_per_sample=16, max_new_tokens=2048),
 }
@@ -608,6 +610,95 @@ def summarise(groups):
     return summary
 
 
+def longest_prompt(model, processor, run, row):
+    """Tokens of the longest prompt to expect, and those of them that are the image's: the largest image with 256 tokens of text,
+    or without --dataset the row's."""
+    if not run.dataset:
+        ids = encode_prompt(processor, row["problem"], row["images"][0])["input_ids"]  # (1, P)
+        return ids.shape[1], int((ids == model.config.image_token_id).sum())
+    vision = model.config.vision_config
+    image = run.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+    return min(run.max_prompt_tokens, image + 256), image
+
+
+ADAPTED = r".*language_model.*(q|k|v|o|gate|up|down)_proj"  # the layers that --lora adapts
+
+
+def layer_bytes(tokens, hidden, attention, mlp, width):
+    """What one transformer layer keeps for backward: inputs of norms and matrices, q, k, v at all heads, the MLP's products."""
+    return tokens * (8 * hidden + 6 * attention + 4 * mlp) * width
+
+
+def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str, float]:
+    """GiB that a run takes on its device, by part, and the peak: what stays plus the phase that takes most.
+
+    Computed from shapes alone, so the model (before an adapter is added) may be on the meta device. Not in it: what the
+    allocator wastes, and torch's own half GiB on a GPU."""
+    text, vision = model.config.get_text_config(), model.config.vision_config
+    width = next(model.parameters()).element_size()  # bytes of a weight
+    L = max(config.tokens_per_forward, prompt_tokens + config.max_new_tokens)
+    H, V = text.hidden_size, text.vocab_size
+    head = getattr(text, "head_dim", None) or H // text.num_attention_heads
+    frozen = run.freeze_vision or run.lora
+    count = sum(
+        p.numel() for n, p in model.named_parameters() if not run.freeze_vision or ".visual." not in n
+    )
+    trained, each = count, width
+    if run.lora:
+        shapes = [m.weight.shape for n, m in model.named_modules() if re.fullmatch(ADAPTED, n)]
+        trained, each = sum(run.lora * sum(shape) for shape in shapes), 4
+    kahan = run.precision == "bf16-kahan" and not run.lora
+    weights = sum(p.nbytes for p in model.parameters())
+    layers, graphs = text.num_hidden_layers, 1 + (config.gamma > 0 and config.masked_grad != "detached")
+    one = layer_bytes(L, H, text.num_attention_heads * head, text.intermediate_size, width)
+    patches, size = (
+        image_tokens * vision.spatial_merge_size**2,
+        getattr(vision, "embed_dim", vision.hidden_size),
+    )
+    mlp = getattr(vision, "intermediate_size", None) or int(size * vision.mlp_ratio)
+    seen = layer_bytes(patches, size, size, mlp, width)
+    if run.gradient_checkpointing:
+        kept = L * H * layers * width + (not frozen) * patches * size * vision.depth * width
+        activations = graphs * kept + max(one, seen)
+    else:
+        activations = graphs * (one * layers + (not frozen) * seen * vision.depth)
+    stacked = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
+    rows = config.prompts_per_sample * max(config.group_size, SAMPLES)
+    masked = config.gamma > 0 or config.eta2 > 0
+    sizes = {
+        "weights": weights + trained * each * bool(run.lora),
+        "gradients": trained * each,
+        "optimizer": trained * each * (3 if kahan else 2),
+        "reference": weights * (config.beta > 0 and not run.lora),
+        "features": bool(frozen)
+        * config.prompts_per_batch * (1 + masked) * image_tokens * H * stacked * width,
+        "activations": activations + graphs * 2 * L * L * width,  # and each pass's mask
+        "logits": HEAD_CHUNK * V * 4 * 5,  # as fp32: logits, log_probs, exp, the product, and a gradient
+        "kv_cache": rows * (prompt_tokens + config.max_new_tokens)
+        * layers * 2 * text.num_key_value_heads * head * width,
+    }  # fmt: skip
+    phases = (
+        sizes["kv_cache"] + rows * V * 4 * 3,  # sampling: logits, probs, and the model's own
+        sizes["gradients"] + sizes["activations"] + sizes["logits"],
+        2 * sizes["gradients"],  # the optimizer's step works on all tensors at once, with one copy
+    )
+    sizes["peak"] = sum(sizes[name] for name in ("weights", "optimizer", "reference", "features")) + max(
+        phases
+    )
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
+def print_estimate(sizes, device):
+    """The estimate beside what there is: the GPU's memory, or else the machine's."""
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in sizes.items() if name != "peak" and size >= 0.05)
+    print(
+        f"estimated memory: {sizes['peak']:.1f} GiB of the {'GPU' if on_gpu else 'machine'}'s {there / 2**30:.0f}"
+        + (f" ({parts})" if parts else "")
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. The training loop
 # ---------------------------------------------------------------------------------------------------------------------
@@ -658,12 +749,7 @@ class Trainer:
             with torch.random.fork_rng():
                 torch.manual_seed(run.seed)
                 self.adapter = peft.get_peft_model(
-                    model,
-                    peft.LoraConfig(
-                        r=run.lora,
-                        lora_alpha=2 * run.lora,
-                        target_modules=r".*language_model.*(q|k|v|o|gate|up|down)_proj",
-                    ),
+                    model, peft.LoraConfig(r=run.lora, lora_alpha=2 * run.lora, target_modules=ADAPTED)
                 )
         frozen = copy.deepcopy(model).requires_grad_(False) if config.beta and not run.lora else None
         self.reference = self.without_adapter if run.lora else lambda: nullcontext(frozen)
@@ -974,6 +1060,8 @@ def train(config, run):
     out = Path(run.out)
     config = replace(config, patch_size=processor.image_processor.patch_size)
     run.steps = run.steps or math.ceil(2 * len(rows) / config.prompts_per_batch)  # published: two epochs
+    sizes = estimate_memory(model, config, run, *longest_prompt(model, processor, run, held_out[0]))
+    print_estimate(sizes, model.device)
     trainer = Trainer(model, processor, config, run, rows)
     examples = [held_out[i] for i in range(min(3, len(held_out)))]
     with trainer.phase("evaluate"):

@@ -1,7 +1,12 @@
 """Memory: what evaluation keeps, and the estimate of a run's peak against measured sizes."""
 
+import copy
+
+import pytest
 import torch
-from conftest import picture
+from conftest import make_model, make_processor, picture, random_responses
+from test_big import TEXT, VISION
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import papo
 import train_small as ts
@@ -42,3 +47,118 @@ def test_kept_prompts_change_nothing_and_are_made_once(one_vlm, monkeypatch):
             assert answers(encoded) == expected
             assert len(calls) == made
         assert len(encoded.kept) == rows_kept and encoded.room == 0
+
+
+SIZES_7B = dict(
+    vocab_size=152064,
+    hidden_size=3584,
+    num_hidden_layers=28,
+    num_attention_heads=28,
+    num_key_value_heads=4,
+    intermediate_size=18944,
+    tie_word_embeddings=False,
+)
+
+
+def published(size, dtype):
+    """Qwen2.5-VL-3B or 7B without memory: on the meta device."""
+    text = {**TEXT, **(SIZES_7B if size == "7b" else {})}
+    vision = {**VISION, "out_hidden_size": text["hidden_size"]}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "3b")
+    with torch.device("meta"):
+        return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+
+
+def estimate(size, flags):
+    config, run = ts.parse_args(f"--model x --dataset y {flags}".split())
+    model = published(size, torch.float32 if run.precision == "fp32" else torch.bfloat16)
+    return ts.estimate_memory(model, config, run, *ts.longest_prompt(model, None, run, None))
+
+
+def test_weights_of_published_models():
+    """3,754,622,976 and 8,292,166,656 parameters, as the hub counts them."""
+    assert round(estimate("3b", "")["weights"] * 2**30) == 4 * 3_754_622_976
+    assert round(estimate("7b", "--precision bf16-kahan")["gradients"] * 2**30) == 2 * 8_292_166_656
+
+
+@pytest.mark.parametrize("gib", [24, 48, 80])
+def test_settings_for_a_gpu_fit_it(gib):
+    assert 0.4 * gib < estimate("3b", f"--gpu-memory {gib}")["peak"] < 0.9 * gib
+
+
+def test_the_7b_example_fits_48_gib():
+    assert estimate("7b", "--preset papo-g-7b")["peak"] > 150
+    assert estimate("7b", "--preset papo-g-7b --gpu-memory 48")["peak"] < 0.9 * 48
+
+
+TINY = dict(hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+FLAGS = "--min_pixels 4704 --max_pixels 15680 --group_size 3 --max_new_tokens 40 --tokens_per_forward 64 --freeze_vision"
+
+
+def built(flags):
+    config, run = ts.parse_args(f"--model x --dataset y {FLAGS} {flags}".split())
+    processor = make_processor("qwen2_5_vl")
+    model = make_model("qwen2_5_vl", processor, **TINY)
+    return model.to(torch.float32 if run.precision == "fp32" else torch.bfloat16), processor, config, run
+
+
+@pytest.mark.parametrize("flags", ["", "--precision bf16-kahan", "--precision bf16 --lora 4"])
+def test_optimizer_gradients_and_reference_are_what_is_allocated(flags):
+    model, processor, config, run = built(flags)
+    sizes = ts.estimate_memory(model, config, run, 50, 20)
+    before = copy.deepcopy(model)
+    trainer = ts.Trainer(model, processor, config, run, ROWS)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    trainer.optimizer.step()
+    state = sum(
+        t.nbytes
+        for p in trained
+        for t in trainer.optimizer.state[p].values()
+        if torch.is_tensor(t) and t.shape == p.shape
+    )
+    assert sizes["gradients"] * 2**30 == pytest.approx(sum(p.grad.nbytes for p in trained), rel=1e-9)
+    assert sizes["optimizer"] * 2**30 == pytest.approx(state, rel=1e-9)
+    assert sizes["weights"] * 2**30 == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=1e-9)
+    reference = 0 if run.lora else sum(p.nbytes for p in before.parameters())
+    assert sizes["reference"] * 2**30 == pytest.approx(reference, rel=1e-9)
+
+
+def test_the_cache_of_sampling_is_what_is_allocated():
+    model, _, config, run = built("--prompts_per_sample 2")
+    ids = torch.randint(100, 200, (2 * ts.SAMPLES, 50 + 40))  # prompts x samples rows of P + T
+    cache = model.model.language_model(input_ids=ids, use_cache=True).past_key_values
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert ts.estimate_memory(model, config, run, 50, 20)["kv_cache"] * 2**30 == pytest.approx(size, rel=1e-9)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_about_what_autograd_saves(checkpointing):
+    """Distinct storages that a forward pass of one long row saves, without the weights: at most the estimate, at least 85 %. With checkpointing the
+    forward pass saves the layers' inputs; one layer's inside comes on top in backward."""
+    model, processor, config, run = built(f"--gradient_checkpointing {checkpointing} --max_new_tokens 300")
+    model.model.visual.requires_grad_(False)
+    prompt = papo.encode_image(model, papo.encode_prompt(processor, "What?", ROWS[0]["images"][0]))
+    P = prompt["input_ids"].shape[1]
+    response = random_responses(processor, [300])
+    if checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address comes twice
+        return tensor
+
+    inputs, _ = papo.group_row(model, prompt, response)
+    pack(inputs["attention_mask"])  # a checkpointed layer holds it, too, but not by way of autograd
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = model.model(**inputs).last_hidden_state
+    size = sum(t.untyped_storage().nbytes() for key, t in saved.items() if key not in weights)
+    sizes = ts.estimate_memory(model, config, run, P, 0)
+    expected = sizes["activations"] * 2**30
+    if checkpointing:
+        expected -= ts.layer_bytes(P + 300, 128, 128, 512, 4)
+    assert hidden.requires_grad and 0.85 < size / expected < 1.0, size / expected

@@ -656,7 +656,8 @@ def test_running_out_of_memory_names_the_phase_and_the_flags(
                 *QUICK,
             ]
         )
-    message = capsys.readouterr().err
+    said, message = capsys.readouterr()
+    assert re.search(r"estimated memory: \d+\.\d GiB of the (GPU|machine)'s \d+", said)
     assert "phase update" in message and "--tokens_per_forward" in message and "max_new_tokens 6" in message
 
 
