@@ -76,7 +76,7 @@ def estimate(size, flags):
 
 
 def test_weights_of_published_models():
-    """3,754,622,976 and 8,292,166,656 parameters, as the hub counts them."""
+    """3,754,622,976 and 8,292,166,656 parameters, counted from the configurations."""
     assert round(estimate("3b", "")["weights"] * 2**30) == 4 * 3_754_622_976
     assert round(estimate("7b", "--precision bf16-kahan")["gradients"] * 2**30) == 2 * 8_292_166_656
 
@@ -135,15 +135,15 @@ def test_the_cache_of_sampling_is_what_is_allocated():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activations_are_about_what_autograd_saves(checkpointing):
-    """Distinct storages that a forward pass of one long row saves, without the weights: at most the estimate, at least 85 %. With checkpointing the
-    forward pass saves the layers' inputs; one layer's inside comes on top in backward."""
+    """Distinct storages that a forward pass of one long row saves, without the weights: at most the estimate, at
+    least 85 %. With checkpointing the forward pass saves the layers' inputs; one layer's inside comes on top in backward."""
     model, processor, config, run = built(f"--gradient_checkpointing {checkpointing} --max_new_tokens 300")
     model.model.visual.requires_grad_(False)
     prompt = papo.encode_image(model, papo.encode_prompt(processor, "What?", ROWS[0]["images"][0]))
     P = prompt["input_ids"].shape[1]
     response = random_responses(processor, [300])
     if checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved = {}
