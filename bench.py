@@ -1,13 +1,15 @@
-"""Ratios of time and memory, side by side in one run: `python bench.py` prints the README's tables, in minutes on 2 CPU cores.
+"""Ratios of time and memory, side by side in one run: `python bench.py` prints the README's tables, in
+minutes on 2 CPU cores.
 
-How to read them. Every number is a ratio of two ways to do the same work in this process: one call of each in turn, and the
-median of the pairs' ratios, with the smallest and the largest in brackets. Time is processor time of one thread on a CPU, device
-time (events) on a GPU; so a busy machine moves a ratio little, and another machine less than it moves a second. A ratio of
-times below 1 says that the way named first is faster. Seconds, where given, are one call's of this machine and no more than a note.
+How to read them. Every number is a ratio of two ways to do the same work in this process: one call of each in
+turn, and the median of the pairs' ratios, with the smallest and the largest in brackets. Time is processor
+time of one thread on a CPU, device time (events) on a GPU; so a busy machine moves a ratio little, and
+another machine less than it moves a second. A ratio of times below 1 says that the way named first is faster.
+Seconds, where given, are one call's of this machine and no more than a note.
 
-The works: "embedded world" and "448 x 448" are toy.py's untrained model, with 4 and with 256 visual tokens; "3B in miniature" has
-Qwen2.5-VL-3B's proportions with 2 layers in each tower (on a CPU widths and vocabulary an eighth of it), 256 visual tokens. Responses never
-end early, so that both ways always do the same work.
+The works: "embedded world" and "448 x 448" are toy.py's untrained model, with 4 and with 256 visual tokens;
+"3B in miniature" has Qwen2.5-VL-3B's proportions with 2 layers in each tower (on a CPU widths and vocabulary
+an eighth of it), 256 visual tokens. Responses never end early, so that both ways always do the same work.
 
 Shapes: G responses a group, P prompt tokens, |o| tokens of a response, L row length, V vocabulary.
 """
@@ -62,8 +64,8 @@ def seconds(work) -> float:
 
 
 def alternate(*works):
-    """Call the works in turn, the first round unmeasured. Each returns its seconds, or a tuple of the seconds of its parts.
-    Returns what they returned, a list of rounds."""
+    """Call the works in turn, the first round unmeasured. Each returns its seconds, or a tuple of the seconds
+    of its parts. Returns what they returned, a list of rounds."""
     rounds, start = [], time.process_time()
     for i in range(PAIRS + 1):
         results = [work() for work in works]
@@ -101,7 +103,8 @@ class Work:
     size: tuple  # (width, height)
 
     def rows(self, count, seed=0) -> list[dict]:
-        """So many rows of a data set: noise for an image, and a question whose length is that of a real one."""
+        """So many rows of a data set: noise for an image, and a question whose length is that of a real
+        one."""
         noise = np.random.default_rng(seed).integers(256, size=(count, *self.size[::-1], 3), dtype=np.uint8)
         question = "<image>What is the sum of the digits?"
         return [{"images": [Image.fromarray(x)], "problem": question, "answer": "7"} for x in noise]
@@ -111,7 +114,8 @@ class Work:
 
 
 def miniature_3b(processor, shrink, layers=2):
-    """Qwen2.5-VL-3B's proportions with few layers, its widths and vocabulary divided by `shrink`; random weights."""
+    """Qwen2.5-VL-3B's proportions with few layers, its widths and vocabulary divided by `shrink`; random
+    weights."""
     config = toy.toy_model(processor).config.to_dict()
     text = dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_attention_heads=16)
     vision = dict(hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)
@@ -127,21 +131,21 @@ def miniature_3b(processor, shrink, layers=2):
 
 
 def make_works() -> list[Work]:
-    """The three works. Their end-of-sequence token is one that is never sampled, so that every response has full length."""
+    """The three works. Their end-of-sequence token is one that is never sampled, so that every response has
+    full length."""
     small, large = toy.toy_processor(), toy.toy_processor()
     large.image_processor.size["longest_edge"] = 448 * 448
     for processor in (small, large):
         processor.tokenizer.eos_token = "<|video_pad|>"
-    return [
+    large_3b = miniature_3b(large, 1 if DEVICE.type == "cuda" else 8)
+    works = [
         Work("embedded world", toy.toy_model(small).to(DEVICE), small, (4 * toy.SIDE, toy.SIDE)),
         Work("448 x 448", toy.toy_model(large).to(DEVICE), large, (448, 448)),
-        Work(
-            "3B in miniature",
-            miniature_3b(large, 1 if DEVICE.type == "cuda" else 8).to(DEVICE),
-            large,
-            (448, 448),
-        ),
+        Work("3B in miniature", large_3b.to(DEVICE), large, (448, 448)),
     ]
+    for work in works:
+        work.model.generation_config = GenerationConfig()  # it would list another end token
+    return works
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -150,7 +154,8 @@ def make_works() -> list[Work]:
 
 
 def padded_logps(model, prompt, responses):
-    """What group_logps computes, the usual way: one row per response, padded on the right. -> list of G (|o|,)"""
+    """What group_logps computes, the usual way: one row per response, padded on the right. -> list of G
+    (|o|,)"""
     P, G = prompt["input_ids"].shape[1], len(responses)
     rows = [torch.cat([prompt["input_ids"][0], o]) for o in responses]  # G x (P + |o|,)
     ids = pad_sequence(rows, batch_first=True, padding_value=0).to(model.device)  # (G, L)
@@ -170,7 +175,8 @@ def padded_logps(model, prompt, responses):
 
 
 def visible_scores(P, lengths) -> int:
-    """Pairs of a token and one it may attend to (itself included) in a group's row: what attention has to compute."""
+    """Pairs of a token and one it may attend to (itself included) in a group's row: what attention has to
+    compute."""
     return P * (P + 1) // 2 + sum(n * P + n * (n + 1) // 2 for n in lengths)
 
 
@@ -213,7 +219,8 @@ def group_rows(works, lengths=(40, 160), groups=(4, 8, 16)):
 
 
 def mask_waste(P=1000, G=8, T=1000):
-    """The attention scores that a dense mask makes a layer compute, as multiples of the visible ones, for both layouts."""
+    """The attention scores that a dense mask makes a layer compute, as multiples of the visible ones, for
+    both layouts."""
     seen = visible_scores(P, [T] * G)
     alone = G * visible_scores(P, [T])
     yield "one row", f"{(P + G * T) ** 2:,}", f"{seen:,}", f"{(P + G * T) ** 2 / seen:.1f}"
@@ -253,7 +260,8 @@ def make_step(work, gamma, questions, tokens, G=8):
 
 
 def training_steps(works, questions=(16, 4, 2), tokens=40):
-    """gamma 0.02 against gamma 0, beta 0.01: the whole step and its update alone; then how PAPO's step divides."""
+    """gamma 0.02 against gamma 0, beta 0.01: the whole step and its update alone; then how PAPO's step
+    divides."""
     for work, n in zip(works, questions):
         rounds = alternate(*(make_step(work, gamma, n, tokens) for gamma in (0.02, 0.0)))
         whole = [sum(papo) / sum(grpo) for papo, grpo in rounds]
@@ -288,7 +296,6 @@ def sampling(works, questions=(16, 4, 4), tokens=40, G=8):
     """Tokens per second of sample_groups over those of generate, temperature 1."""
     for work, n in zip(works, questions):
         prompts, model, processor = work.prompts(n), work.model, work.processor
-        model.generation_config = GenerationConfig()
         rounds = alternate(
             lambda: seconds(lambda: sample_groups(model, processor, prompts, G, tokens)),
             lambda: seconds(lambda: generate(model, processor, prompts, G, tokens)),
@@ -305,7 +312,8 @@ def all_logits(hidden, targets, head):
 
 
 def head_peak(way, tokens=1024, H=256, V=151936) -> float:
-    """Peak memory in GiB that one call of `way`, with its backward pass, adds to the head itself; in a process of its own."""
+    """Peak memory in GiB that one call of `way`, with its backward pass, adds to the head itself; in a
+    process of its own."""
     head = torch.nn.Linear(H, V, bias=False, device=DEVICE).requires_grad_(False)
     hidden = torch.randn(tokens, H, device=DEVICE, requires_grad=True)
     targets = torch.randint(V, (tokens,), device=DEVICE)

@@ -1,4 +1,4 @@
-"""PAPO on more than one GPU: papo.py's objective inside TRL's trainer, `accelerate launch papo_trl.py
+"""PAPO on more than one GPU: papo.py's objective inside TRL's trainer, `torchrun papo_trl.py
 --gamma 0.02`.
 
     1. PAPO             PAPOTrainer: papo.py's prompt, masked image, reward, advantages and loss

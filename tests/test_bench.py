@@ -36,7 +36,7 @@ def test_visible_scores_are_those_of_group_rows_own_mask(one_vlm):
     assert bench.visible_scores(P, [4, 1, 6]) == int((mask == 0).sum()) == by_hand
 
 
-def test_the_issues_size_wastes_what_the_table_says():
+def test_what_the_dense_mask_wastes_by_count():
     one_row, padded = bench.mask_waste(P=10, G=2, T=3)
     assert one_row == ("one row", "256", "127", "2.0")  # 16 x 16; 55 + 2 (30 + 6)
     assert padded == ("2 padded rows", "338", "182", "1.9")  # 2 x 13 x 13; 2 x 91
