@@ -20,6 +20,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -32,6 +33,7 @@ import optimi
 import peft
 import psutil
 import torch
+import transformers
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
@@ -1197,6 +1199,10 @@ def going_on(argv, run):
 def main(argv=None):
     """The command: train, or evaluate only. Exit code 2 and one line for what the user can mend, 128 + its number for a signal."""
     argv, run = sys.argv[1:] if argv is None else argv, None
+    # A library's progress bars and its plans for later versions are not the user's business.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         config, run = parse_args(argv)
         (evaluate_only if run.eval_only else train)(config, run)
