@@ -120,7 +120,7 @@ def model_card(config, run, steps, before, after):
     )
 
 
-def plot_curves(path, history):
+def plot_curves(path, history, title):
     """One page: accuracy by vision dependency, reward, and the signs by which a run goes well or is being hacked."""
     import matplotlib
 
@@ -151,8 +151,9 @@ def plot_curves(path, history):
         },
         "reference KL, nats per token": {"kl_ref": (r"KL[$\pi\,\|\,\pi_{ref}$]", "#0072B2", "-")},
     }
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), layout="constrained")
-    for axis, (title, curves) in zip(axes.flat, panels.items()):
+    figure, axes = plt.subplots(2, 3, figsize=(12, 7.2), layout="constrained")
+    figure.suptitle(title)
+    for axis, (name_of_panel, curves) in zip(axes.flat, panels.items()):
         for name, (label, colour, style) in curves.items():
             points = [(line["step"], line[name]) for line in history if name in line]
             if points:
@@ -163,15 +164,15 @@ def plot_curves(path, history):
                     label=label,
                     marker="." if name.startswith("eval") else None,
                 )
-        axis.set_title(title)
+        axis.set_title(name_of_panel)
         axis.set_xlabel("step")
-        axis.set_ylim(bottom=0)
-        if "accuracy" in title:
-            axis.set_ylim(0, 1.6)  # room for the legend
-            axis.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+        axis.set_ylim(0, 1 if "accuracy" in name_of_panel else None)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", framealpha=0.8, edgecolor="none")
-    figure.savefig(path, dpi=100)
+        if axis.lines:
+            axis.legend(
+                fontsize="small", frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16)
+            )
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
@@ -213,6 +214,51 @@ def look_closely(model, processor, config, rows):
             }
         )
     return shown
+
+
+def plot_tokens(path, shown, count=3, width=64):
+    """One question of look_closely as a picture: image, masked image, and responses shaded token by token."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+
+    colours = LinearSegmentedColormap.from_list("owed", ["#E69F00", "#FFFFFF", "#0072B2"])
+    scale, rows = Normalize(-4, 4), []  # a row: the characters and colours of one line of text
+    for response in shown["responses"][:count]:
+        row, column = [], 0
+        for token, gain in response["tokens"][:200]:
+            if token.startswith("<|"):  # the end
+                continue
+            token = token.replace("\n", " ").replace("$", r"\$")
+            if column + len(token) > width:
+                rows.append(row)
+                row, column = [], 0
+            row.append((column, token, colours(scale(gain))))
+            column += len(token)
+        rows += [row, []]
+    figure = plt.figure(figsize=(7, 2.1 + 0.24 * len(rows)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[1.2, 0.24 * len(rows) + 0.6])
+    for axis, picture, title in zip(
+        top.subplots(1, 2), (shown["image"], shown["masked"]), ("image", "masked image")
+    ):
+        axis.imshow(picture)
+        axis.set(xticks=[], yticks=[])
+        axis.set_title(title, fontsize=11)
+    axis = bottom.subplots()
+    axis.set(xlim=(0, width), ylim=(len(rows), -0.2))
+    axis.axis("off")
+    for y, row in enumerate(rows):
+        for x, token, colour in row:
+            axis.add_patch(plt.Rectangle((x, y), len(token), 0.95, color=colour, linewidth=0))
+            axis.text(x, y + 0.5, token, family="monospace", fontsize=12.9, va="center")
+    bar = plt.cm.ScalarMappable(scale, colours)
+    bottom.colorbar(bar, ax=axis, orientation="horizontal", aspect=40, shrink=0.8).set_label(
+        r"owed to the image: $\log\pi - \log\pi_{mask}$ of each token, nats", fontsize=11
+    )
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 STYLE = """

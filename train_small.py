@@ -54,7 +54,7 @@ from papo import (
     score_constants,
     split_batch,
 )
-from report import SAMPLES, look_closely, model_card, plot_curves, print_table, write_samples
+from report import SAMPLES, look_closely, model_card, plot_curves, plot_tokens, print_table, write_samples
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The command line: one flag per field of PAPOConfig and of RunConfig
@@ -1143,7 +1143,9 @@ def leave_behind(trainer, history, before_looks, after_looks):
     """The pictures and tables of a finished run."""
     out = Path(trainer.run.out)
     write_samples(out / "samples.html", before_looks, after_looks)
-    plot_curves(out / "curves.png", history)
+    plot_tokens(out / "tokens.png", after_looks[0])
+    title = f"{trainer.run.preset or trainer.run.algorithm}, gamma {trainer.config.gamma:g}, seed {trainer.run.seed}"
+    plot_curves(out / "curves.png", history, title)
     last = [evaluation_in(line) for line in history if "eval_accuracy" in line][-1]
     print_table("held-out questions, % of responses", {"before": evaluation_in(history[0]), "after": last})
     total = sum(trainer.seconds.values())
@@ -1158,7 +1160,7 @@ def leave_behind(trainer, history, before_looks, after_looks):
         json.dumps({"seconds": trainer.seconds, "peak_GiB": trainer.memory}, indent=2) + "\n"
     )
     print(
-        f"written to {out}/: config.json, metrics.jsonl, phases.json, curves.png, samples.html, checkpoint/"
+        f"written to {out}/: config.json, metrics.jsonl, phases.json, curves.png, tokens.png, samples.html, checkpoint/"
     )
 
 

@@ -114,6 +114,7 @@ def test_train_checkpoint_load_and_evaluate(folder, parquet, trainers, tmp_path,
         "metrics.jsonl",
         "phases.json",
         "curves.png",
+        "tokens.png",
         "samples.html",
         "checkpoint",
     }
