@@ -55,7 +55,7 @@ SAVED = (
     ("eta1", "detached", "exact"),
     ("both", "entropy", "exact"),
 )  # the rescues that looked best on three seeds
-GATED_LADDER = {10.0: EIGHT, 100.0: EIGHT, 3.0: EIGHT, 300.0: THREE}  # 10: its best on the validation split
+GATED_LADDER = {10.0: EIGHT, 100.0: EIGHT, 3.0: THREE, 300.0: THREE}  # 10: its best on the validation split
 # The notebook's section 11: short runs on questions of high vision dependency alone, perception KL and entropy on or off.
 LESSON = dict(prompts_per_batch=12, updates_per_batch=1, beta=0.0, learning_rate=2e-4, steps=24, eval_every=6)
 TWO_BY_TWO = {
