@@ -36,15 +36,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from statistics import mean, stdev
 
-import matplotlib
 import torch
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from scipy.stats import t as student
 from tqdm import tqdm
 
 import toy
 import train_small as ts
-
-matplotlib.use("Agg")
+from report import save_picture
 
 EIGHT, THREE = range(8), range(3)
 BEST, RESCUE_GAMMA, ETA, BETA = 0.3, 3.0, 3.0, 1.0  # see "Chosen" above
@@ -162,10 +161,9 @@ def load_runs(folder):
 
 def interval(values):
     """Mean and half the width of its 95 % interval (Student's t); nan for fewer than two values."""
-    t95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
-    return mean(values), t95[len(values)] * stdev(values) / math.sqrt(len(values)) if len(
-        values
-    ) > 1 else math.nan
+    if len(values) < 2:
+        return mean(values), math.nan
+    return mean(values), student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def measured(lines, measure, when):
@@ -178,32 +176,15 @@ def measured(lines, measure, when):
 
 def write_table(runs, path):
     """results/arms.csv, in percent: each arm's mean over its seeds; over the seeds it shares with its baseline the paired
-    difference, and that relative to the baseline's mean, which is taken as exact."""
-    measures = [
-        "accuracy",
-        "accuracy_low",
-        "accuracy_medium",
-        "accuracy_high",
-        *(f"error_{kind}" for kind in toy.ERROR_TYPES),
-    ]
+    difference, and that relative to the baseline's mean, which is taken as exact. A baseline of all is compared with none."""
+    measures = ["accuracy", *(f"accuracy_{kind}" for kind in reversed(toy.DEPENDENCIES))]
+    measures += [f"error_{kind}" for kind in toy.ERROR_TYPES]
+    header = (
+        "arm seeds step measure mean half_interval baseline shared_seeds minus_baseline minus_half_interval"
+    )
     with open(path, "w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(
-            [
-                "arm",
-                "seeds",
-                "step",
-                "measure",
-                "mean",
-                "half_interval",
-                "baseline",
-                "shared_seeds",
-                "minus_baseline",
-                "minus_half_interval",
-                "relative",
-                "relative_half_interval",
-            ]
-        )
+        table.writerow(f"{header} relative relative_half_interval".split())
         for arm, baseline in [(name, baseline) for name in runs for baseline in ARMS[name][1].split()]:
             shared = [seed for seed in runs[arm] if seed in runs.get(baseline, {})]
             if not shared:
@@ -216,11 +197,10 @@ def write_table(runs, path):
                     )
                     difference = interval([a - b for a, b in zip(pair, other)])
                     scale = 100 / mean(other) if any(other) else math.nan
-                    cells = [
-                        f"{x:.2f}" for x in (*interval(own), *difference, *(scale * x for x in difference))
-                    ]
+                    cells = [f"{x:.2f}" for x in (*difference, *(scale * x for x in difference))]
+                    against = [""] * 6 if arm == baseline else [baseline, len(shared), *cells]
                     table.writerow(
-                        [arm, len(own), step, measure, *cells[:2], baseline, len(shared), *cells[2:]]
+                        [arm, len(own), step, measure, *(f"{x:.2f}" for x in interval(own)), *against]
                     )
 
 
@@ -236,16 +216,18 @@ def write_texts(runs, path):
     path.write_text("\n".join(parts), encoding="utf-8")
 
 
-COLOURS = [
-    "#000000",
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#999999",
-]  # Okabe and Ito
+# Okabe and Ito: told apart by colour-blind readers
+COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999"]
+PANELS = {  # metric: (title, factor)
+    "eval_accuracy": ("held-out accuracy, %", 100),
+    "eval_accuracy_high": ("high vision dependency, %", 100),
+    "reward": ("training reward", 1),
+    "kl_prcp": (r"KL[$\pi\,\|\,\pi_{mask}$], nats per token", 1),
+    "clip_high_fraction": ("tokens clipped high, %", 100),
+    "entropy": (r"H[$\pi$], nats per token", 1),
+    "masked_entropy": (r"H[$\pi_{mask}$], nats per token", 1),
+}
+WIDTH = 7  # inches: a page's text, and legible on a phone
 
 
 def seeds_of_all(runs, arms):
@@ -255,121 +237,175 @@ def seeds_of_all(runs, arms):
     return (arms, seeds) if seeds else ([], [])
 
 
+def spread(values):
+    """Lower and upper end of what a picture shows around a mean: the 95 % interval of eight seeds, or all of fewer."""
+    centre, half = interval(values)
+    return (centre - half, centre + half) if len(values) >= 8 else (min(values), max(values))
+
+
 def plot_curves(runs, path, rows):
-    """A row of panels {metric: title} for each list of arms: every seed thin, the mean bold."""
-    rows = [(arms, panels) for arms, panels in rows if len(seeds_of_all(runs, arms)[0]) > 1]
+    """Rows of two panels: (labels of the arms {arm: words}, metrics), the mean over seeds in its spread."""
+    rows = [(labels, metrics) for labels, metrics in rows if len(seeds_of_all(runs, labels)[0]) > 1]
     if not rows:
         return
-    figure, axes = plt.subplots(
-        len(rows), 3, figsize=(12.6, 3.4 * len(rows)), layout="constrained", squeeze=False
-    )
-    for (arms, panels), line_of_axes in zip(rows, axes):
-        arms, seeds = seeds_of_all(runs, arms)
-        for axis, (metric, title) in zip(line_of_axes, panels.items()):
+    figure = Figure(figsize=(WIDTH, 2.9 * len(rows)), layout="constrained")
+    strips = figure.subfigures(len(rows), squeeze=False).flat
+    for i, ((labels, metrics), strip) in enumerate(zip(rows, strips)):
+        arms, seeds = seeds_of_all(runs, labels)
+        for axis, metric in zip(strip.subplots(1, 2), metrics):
+            title, factor = PANELS[metric]
             for arm, colour, style in zip(arms, COLOURS, ["-", "--", "-.", ":"] * 2):
                 steps = [line["step"] for line in runs[arm][seeds[0]] if metric in line]
-                values = [[runs[arm][seed][step].get(metric, math.nan) for step in steps] for seed in seeds]
-                for each in values:
-                    axis.plot(steps, each, style, color=colour, alpha=0.25, linewidth=0.7)
+                columns = [
+                    [factor * runs[arm][seed][step].get(metric, math.nan) for seed in seeds] for step in steps
+                ]
                 axis.plot(
-                    steps,
-                    [mean(column) for column in zip(*values)],
-                    style,
-                    color=colour,
-                    linewidth=2,
-                    label=arm,
+                    steps, list(map(mean, columns)), style, color=colour, linewidth=2, label=labels[arm]
                 )
-            axis.set(title=title, xlabel="step")
+                if steps:
+                    axis.fill_between(
+                        steps, *zip(*map(spread, columns)), color=colour, alpha=0.12, linewidth=0
+                    )
+            axis.set(title=title, xlabel="step", ylim=(0, 100 if metric.startswith("eval") else None))
             axis.grid(alpha=0.3)
-        line_of_axes[0].legend(frameon=False, fontsize="small")
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+        if i + 1 == len(rows) or rows[i + 1][0] != labels:  # rows of the same arms share a legend
+            columns = 2 if len(arms) == 4 else 3
+            strip.legend(
+                *axis.get_legend_handles_labels(), frameon=False, ncols=columns, loc="outside lower center"
+            )
+    save_picture(figure, path)
 
 
-def plot_arms(runs, path, arms):
-    """Held-out accuracy over the run and at the end, a line per seed and the mean; and over the run the paired difference from
-    the first arm, with its 95 % interval."""
-    arms, seeds = seeds_of_all(runs, arms)
-    if len(arms) < 2:
+def plot_gamma(runs, path, ladders):
+    """Accuracy over the weight of the perception term, for each ladder {title: {gamma: arm}}: every seed a dot; filled with
+    its 95 % interval where there are eight, hollow where there are three; and GRPO on the same seeds."""
+    if "grpo" not in runs or not all(arm in runs for ladder in ladders.values() for arm in ladder.values()):
+        return
+    figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, when, title in zip(axes, ("run", "end"), ("over the run", "at the end")):
+        for seeds, style in ((EIGHT, "--"), (THREE, ":")):
+            level = mean(measured(runs["grpo"][seed], "accuracy", when) for seed in seeds)
+            axis.axhline(level, color=COLOURS[0], linestyle=style, label=f"GRPO, {len(seeds)} seeds")
+        for (name, ladder), colour in zip(ladders.items(), COLOURS[1:]):
+            for gamma, arm in ladder.items():
+                values = [measured(lines, "accuracy", when) for lines in runs[arm].values()]
+                many = len(values) >= 8
+                axis.plot([gamma] * len(values), values, ".", color=colour, alpha=0.4, markeredgewidth=0)
+                axis.errorbar(
+                    gamma,
+                    mean(values),
+                    interval(values)[1] if many else None,
+                    fmt="D",
+                    color=colour,
+                    mfc=colour if many else "white",
+                    markersize=6,
+                    capsize=4,
+                    label=f"{name}, {len(values)} seeds",
+                )
+        axis.set(xscale="log", xlabel="gamma", title=f"accuracy {title}, %", ylim=(-3, 103))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+    labels = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+    figure.legend(labels.values(), labels, frameon=False, ncols=2, loc="outside lower center")
+    save_picture(figure, path)
+
+
+def plot_arms(runs, path, baseline, labels):
+    """Held-out accuracy at the end, a dot per seed and the mean; and over the run the paired difference from the baseline, with
+    its 95 % interval. labels: {arm: words}."""
+    arms, seeds = seeds_of_all(runs, labels)
+    if len(arms) < 2 or baseline not in arms:
         return
     over, end = (
-        [[measured(runs[arm][seed], "accuracy", when) for seed in seeds] for arm in arms]
+        {arm: [measured(runs[arm][seed], "accuracy", when) for seed in seeds] for arm in arms}
         for when in ("run", "end")
     )
-    panels = {
-        "accuracy over the run, %": over,
-        "accuracy at the end, %": end,
-        f"over the run, minus {arms[0]}": [[a - b for a, b in zip(row, over[0])] for row in over],
-    }
-    figure, axes = plt.subplots(1, 3, figsize=(12.6, 1 + 0.3 * len(arms)), layout="constrained", sharey=True)
-    for axis, (title, values) in zip(axes, panels.items()):
-        axis.plot(values, range(len(arms)), "o-", color=COLOURS[1], alpha=0.35, markersize=4, linewidth=0.8)
-        centres, halves = zip(*map(interval, values))
-        axis.errorbar(
-            centres,
-            range(len(arms)),
-            xerr=halves if "minus" in title else None,
-            fmt="D",
-            color=COLOURS[0],
-            markersize=5,
-            capsize=3,
-            elinewidth=1,
-        )
-        axis.set(title=title, yticks=range(len(arms)), yticklabels=arms)
+    gains = {arm: [a - b for a, b in zip(over[arm], over[baseline])] for arm in arms if arm != baseline}
+    figure = Figure(figsize=(WIDTH, 1.1 + 0.3 * len(arms)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, values in zip(axes, (end, gains)):
+        for row, arm in enumerate(arms):
+            if arm in values:
+                axis.plot(values[arm], [row] * len(seeds), "o", color=COLOURS[6], alpha=0.6, markersize=5)
+                half = interval(values[arm])[1] if values is gains else None
+                axis.errorbar(
+                    mean(values[arm]), row, xerr=half, fmt="D", color=COLOURS[0], markersize=5, capsize=3
+                )
         axis.grid(alpha=0.3)
+    axes[0].set_title("accuracy at the end, %", fontsize=11)
+    axes[0].set(xlim=(-3, 103), yticks=range(len(arms)))
+    axes[0].set_yticklabels([labels[arm] for arm in arms])
     axes[0].invert_yaxis()
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    axes[1].axvline(0, color=COLOURS[7], linewidth=1)
+    axes[1].set_title(f"over the run, minus\n{labels[baseline]}, points", fontsize=11)
+    save_picture(figure, path)
 
 
-def plot_errors(runs, path, arms):
+def plot_errors(runs, path, labels):
     """Shares of responses by type of error at the end, mean over seeds."""
-    arms, seeds = seeds_of_all(runs, arms)
+    arms, seeds = seeds_of_all(runs, labels)
     if len(arms) < 2:
         return
-    figure, axis = plt.subplots(figsize=(10, 1 + 0.4 * len(arms)), layout="constrained")
-    left = [0.0] * len(arms)
+    figure = Figure(figsize=(WIDTH, 1 + 0.35 * len(arms)), layout="constrained")
+    axis, left = figure.subplots(), [0.0] * len(arms)
     for kind, colour in zip(toy.ERROR_TYPES, COLOURS[1:]):
         shares = [mean(measured(runs[arm][seed], f"error_{kind}", "end") for seed in seeds) for arm in arms]
-        axis.barh(arms, shares, left=left, color=colour, label=kind)
+        axis.barh([labels[arm] for arm in arms], shares, left=left, color=colour, label=kind)
         left = [a + b for a, b in zip(left, shares)]
     axis.set(xlabel="wrong responses at the end, % of all")
     axis.invert_yaxis()
-    axis.legend(frameon=False, ncols=len(toy.ERROR_TYPES), loc="lower center", bbox_to_anchor=(0.5, 1))
-    figure.savefig(path, dpi=80)
-    plt.close(figure)
+    figure.legend(frameon=False, ncols=len(toy.ERROR_TYPES), loc="outside upper center", columnspacing=1)
+    save_picture(figure, path)
 
 
 def draw(runs, out):
-    """All tables and pictures of the runs there are; a picture with fewer than two arms is left out."""
+    """All tables and pictures of the runs there are; a picture that lacks the arms it compares is left out."""
     write_table(runs, out / "arms.csv")
     write_texts(runs, out / "texts.md")
     best, rescue = f"gamma-{BEST:g}", f"gamma-{RESCUE_GAMMA:g}"
-    on_grpo, on_dapo = ["grpo", "papo-g", best], [arm for arm in ARMS if "dapo" in arm or "papo-d" in arm]
-    accuracy = {
-        "eval_accuracy": "held-out accuracy",
-        "eval_accuracy_medium": "medium dependency",
-        "eval_accuracy_high": "high dependency",
+    on_grpo = {"grpo": "GRPO", "papo-g": "PAPO-G, gamma 0.02", best: f"PAPO-G, gamma {BEST:g}"}
+    on_dapo = {
+        "dapo": "DAPO",
+        "papo-d": "PAPO-D, gamma 0.01",
+        "papo-d-entropy-only": "PAPO-D, gamma 0",
+        f"papo-d-{BEST:g}": f"PAPO-D, gamma {BEST:g}",
     }
-    early = {"eval_accuracy": "held-out accuracy", "reward": "reward", "kl_prcp": "perception KL"}
-    later = {
-        "clip_high_fraction": "share clipped high",
-        "entropy": r"H[$\pi_\theta$]",
-        "masked_entropy": r"H[$\pi_{mask}$]",
-    }
+    accuracy = ["eval_accuracy", "eval_accuracy_high"]
     plot_curves(runs, out / "main.png", [(on_grpo, accuracy), (on_dapo, accuracy)])
-    steep = ["papo-g", best, "gamma-1", rescue, "gamma-10"]
-    plot_curves(runs, out / "signs.png", [(steep, early), (steep, later)])
-    plot_errors(runs, out / "errors.png", on_grpo + on_dapo)
-    ladder = ["grpo", "papo-g", *(arm for arm in ARMS if arm.startswith("gamma"))]
-    plot_arms(runs, out / "gamma.png", sorted(ladder, key=lambda arm: ARMS[arm][2].get("gamma", 0.02)))
-    plot_arms(
-        runs,
-        out / "rescue.png",
-        [rescue, *(arm for arm in ARMS if arm.startswith("rescue")), "entropy-only", "grpo"],
-    )
-    plot_arms(runs, out / "mask.png", [best, *(arm for arm in ARMS if arm.startswith("mask")), "grpo"])
-    plot_arms(runs, out / "variants.png", [best, *(arm for arm in ARMS if arm.startswith("variant")), "grpo"])
+    plot_errors(runs, out / "errors.png", on_grpo | on_dapo)
+    steep = {
+        arm: f"gamma {ARMS[arm][2].get('gamma', 0.02):g}"
+        for arm in ("papo-g", best, "gamma-1", rescue, "gamma-10")
+    }
+    signs = ["eval_accuracy", "reward", "kl_prcp", "clip_high_fraction", "entropy", "masked_entropy"]
+    plot_curves(runs, out / "signs.png", [(steep, signs[i : i + 2]) for i in (0, 2, 4)])
+    ladder = {0.02: "papo-g", **{ARMS[arm][2]["gamma"]: arm for arm in ARMS if arm.startswith("gamma")}}
+    plot_gamma(runs, out / "gamma.png", {"PAPO-G": ladder})
+    gated = {gamma: f"gated-{gamma:g}" for gamma in GATED_LADDER}
+    plot_gamma(runs, out / "gated.png", {"PAPO-G": ladder, "gated": gated})
+    grads = {"detached": "", "entropy": "", "full": ", full gradient"}
+    rescues = {
+        f"rescue-{name}-{grad}-{estimate}": f"{name}, {estimate}{grads[grad]}"
+        for estimate in ("exact", "sampled")
+        for name in ETAS
+        for grad in GRADS[name]
+    }
+    labels = {rescue: "no rescue", "rescue-none-full": "none, full gradient", "rescue-beta": f"beta {BETA:g}"}
+    labels |= rescues | {"entropy-only": "gamma 0, eta1, exact", "grpo": "GRPO"}
+    plot_arms(runs, out / "rescue.png", rescue, labels)
+    masks = {"mask-0.4": "40 % black", best: "60 % black", "mask-0.8": "80 % black", "mask-1": "all black"}
+    plot_arms(runs, out / "mask.png", best, masks | {"grpo": "GRPO"})
+    variants = {
+        best: "PAPO-G, gamma 0.3",
+        "variant-full": "gradient through mask",
+        "variant-token": "one mean over tokens",
+        "variant-eta-exact": "eta1, eta2 exact",
+        "variant-eta1": "eta1 exact",
+        "variant-eta-sampled": "eta1, eta2 sampled",
+        "grpo": "GRPO",
+    }
+    plot_arms(runs, out / "variants.png", best, variants)
 
 
 def main(argv=None):
