@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 import toy

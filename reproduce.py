@@ -191,6 +191,8 @@ def write_table(runs, path):
                 continue
             for step in [line["step"] for line in runs[arm][shared[0]] if "eval_accuracy" in line] + ["run"]:
                 for measure in measures:
+                    if f"eval_{measure}" not in runs[arm][shared[0]][0]:
+                        continue  # the notebook's arms ask questions of one dependency
                     own, pair, other = (
                         [measured(runs[name][seed], measure, step) for seed in seeds]
                         for name, seeds in ((arm, runs[arm]), (arm, shared), (baseline, shared))

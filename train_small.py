@@ -1030,22 +1030,20 @@ def open_tracker(run, settings, first_step):
 @contextmanager
 def note_signals():
     """A list that the first SIGINT or SIGTERM is put into; a second one acts at once, as if this were not here."""
-    caught = []
+    caught, at_once = [], {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def note(number, frame):
         caught.append(number)
-        restore()
+        for number, handler in at_once.items():
+            signal.signal(number, handler)
         os.write(2, b"\nstopping after this step, its evaluation and a save; once more stops at once\n")
 
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in at_once}
     try:
         yield caught
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def evaluation_in(line):

@@ -401,7 +401,7 @@ def test_metrics_are_strict_json_and_hold_only_what_was_measured(world, tmp_path
     """A loss and gradient that are not finite, settings that are infinite, terms that no update measured."""
     step = ts.papo_step
 
-    def strange(model, optimizer, config, groups):
+    def strange(model, optimizer, config, groups, objective):
         metrics = step(model, optimizer, config, groups)
         return {
             **{k: v for k, v in metrics.items() if k != "kl_ref"},
