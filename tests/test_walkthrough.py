@@ -273,3 +273,13 @@ def test_a_verdict_has_both_numbers(capsys):
     assert "ratio 0.3, A 2, eps_l 0.2, eps_h 0.3, c 3: you gave 0.6, expected -0.6" in (
         capsys.readouterr().out
     )
+
+
+def test_the_exam_points_to_its_answers():
+    """Each of the twelve names a line of papo.py that lies in the function beside it."""
+    [exam] = [cell.source for cell in NOTEBOOK.cells if "Twelve questions" in cell.source]
+    places = re.findall(r"papo\.py:(\d+) `(\w+)`", exam)
+    assert len(places) == 12
+    for line, name in places:
+        lines, start = inspect.getsourcelines(getattr(papo, name))
+        assert start < int(line) < start + len(lines), name
