@@ -277,7 +277,7 @@ def test_a_verdict_has_both_numbers(capsys):
 
 def test_the_exam_points_to_its_answers():
     """Each of the twelve names a line of papo.py that lies in the function beside it."""
-    [exam] = [cell.source for cell in NOTEBOOK.cells if "Twelve questions" in cell.source]
+    [exam] = [cell.source for cell in NOTEBOOK.cells if "Twelve questions for an exam" in cell.source]
     places = re.findall(r"papo\.py:(\d+) `(\w+)`", exam)
     assert len(places) == 12
     for line, name in places:
