@@ -560,7 +560,7 @@ def sample_groups(
 GRADE_TIMEOUT = 3.0  # seconds math-verify gets for one answer, about a hundred times what it needs
 MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same string: bounds all work here
 
-# One spelling for what is written in many ways: characters (the full-width ones, １，％, lie 0xFEE0 above ASCII) ...
+# One spelling for what is written in many ways: characters (full-width １，％ lie 0xFEE0 above ASCII) ...
 CHARACTERS = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}
 CHARACTERS |= str.maketrans(
     dict(zip("−–—。、∘º∶", "---.,°°:")) | {"²": "^2", "³": "^3", "℃": "°C", "π": r"\pi "}
@@ -580,10 +580,7 @@ TIDY_RULES = [  # ... and patterns, in this order
     (r"\^\{(\w)\}", r"^\1"),  # x^{2} -> x^2
     (r"\\(?:text|math)(?:bf|rm|it|sf)?\{([^{}]*)\}", r" \1 "),  # \text{cm} -> cm
     (r"\\(?:left|right|quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\\?\$|~|\s", " "),
-    (
-        r"(?:(square|平方)|cubic|立方) ?([^\W\d_]+)",
-        lambda m: m[2] + ("^2" if m[1] else "^3"),
-    ),  # square m -> m^2
+    (r"(?:(square|平方)|cubic|立方) ?([^\W\d_]+)", lambda m: f"{m[2]}^{3 - bool(m[1])}"),  # square m -> m^2
     (r"\\?[a-zA-Z]+|小时|分钟|.?[米克]|[或和秒度]", lambda m: WORDS.get(m[0], m[0])),  # \le -> ≤, hours -> h
     # The answer is C -> C; A, C -> AC
     (r"(?i)^ *(?:the )?(?:answer|option|choice|答案|选项?)(?![a-z])(?: ?is|是|为)?[: ]*(?=.)", ""),
@@ -593,10 +590,8 @@ TIDY_RULES = [  # ... and patterns, in this order
     (r" ?([^\w\s,.]) ?", r"\1"),
     (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2 -> 1\frac{1}{2}
     (r"^[A-Z](?=\(.*,.*\)$)|(?<=.)≈[\d.]+$|\+(?=∞)|\\(?=%)", ""),  # P(1,2) -> (1,2), \pi≈3.14 -> \pi, \% -> %
-    (
-        r"(?<=^\\\{)[^()]*(?=\\\}$)|^.*∨.*$",
-        lambda m: ",".join(sorted(re.split(" ?[,∨] ?", m[0]))),
-    ),  # {2,1} -> {1,2}
+    # {2,1} -> {1,2}; x=2 or x=1 -> x=1,x=2
+    (r"(?<=^\\\{)[^()]*(?=\\\}$)|^.*∨.*$", lambda m: ",".join(sorted(re.split(" ?[,∨] ?", m[0])))),
     (r"(\\\{|[(\[])([^()\[\]]*,[^()\[\]]*?)(\\\}|[)\]])", r"\1,\2,\3"),  # [1,2) -> [,1,2,)
 ]
 DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
@@ -609,9 +604,8 @@ CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+(.*))?")  # B, (B), B),
 NAME = re.compile(r"(?!\d)(?:[\w∠△ ']|\\[a-zA-Z]+|_\{\w+\}|\(\w+\))+=(?=[^=]*$)")  # of x_1=5, P(A)=5, ∠ABC=5
 FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|cot|log|ln|times|cdot|(?:begin|end)\{[pb]matrix\}|\\)(?![a-zA-Z])"
 EXPRESSION = re.compile(rf"(?![*/^!]|\\times|\\cdot)(?:{FUNCTION}|\\[a-z]+|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
-# A fresh interpreter runs this: it imports math-verify, not torch, and is ready in a second. It answers each line,
-# [seconds, pairs], when it begins and when it knows. The watchdog is a thread of C: it ends the process in the
-# middle of 9^{9^{9}} as well, and with no parent left. On macOS and Windows there is no limit on memory.
+# A fresh interpreter runs this, without torch, so it is ready in a second. It answers each [seconds, pairs] when
+# it begins and when it knows. The watchdog is a thread of C: it ends even 9^{9^{9}}, and with no parent left.
 GRADING_PROCESS = r"""
 import faulthandler, json, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
@@ -632,10 +626,7 @@ GRADING_LOCK = threading.Lock()
 
 def extract_boxed(text: str) -> str | None:
     r"""Inside of the last balanced \boxed{...} in `text`, or None. \{ and \} are characters, not braces."""
-    opened, (start, end) = (
-        [],
-        (0, 0),
-    )  # a stack, one pass: a million unclosed boxes take no longer than plain text
+    opened, (start, end) = [], (0, 0)  # one pass: a million unclosed boxes take no longer than plain text
     for token in re.finditer(r"\\[{}]|(\\boxed\{|\{)|(\})", text):
         if token[1]:
             opened.append(token)
@@ -647,11 +638,8 @@ def extract_boxed(text: str) -> str | None:
 
 
 def follows_format(response: str) -> bool:
-    r"""Whether `response` is <think>...</think>...\boxed{...}..., white space around < > / allowed, as in the
-    released code.
-
-    Finding the first of each landmark in turn takes one pass; the released regular expression can backtrack
-    for hours."""
+    r"""Whether `response` is <think>...</think>...\boxed{...}..., white space around < > / allowed, as released.
+    Finding the first of each landmark in turn takes one pass; the released pattern can backtrack for hours."""
     match = re.match(r"\s*<\s*think\s*>", response)
     for landmark in (r"<\s*/\s*think\s*>", r"\\boxed\{", r"\}"):
         match = match and re.compile(landmark).search(response, match.end())
@@ -699,20 +687,19 @@ def same_by_rule(given: str, expected: str) -> bool | None:
 def symbols(text: str) -> set[str] | None:
     """The variables, signs and = of one mathematical expression; None if `text` is anything else."""
     if EXPRESSION.fullmatch(text) and text.count("(") == text.count(")") and text.count("=") < 2:
-        return set(
-            re.findall(r"\\?[a-zA-Z]+_(?:\w|\{\w+\})|\\[a-z]+|[a-zA-Z=!°±∞]", re.sub(FUNCTION, " ", text))
-        )
+        text = re.sub(FUNCTION, " ", text)
+        return set(re.findall(r"\\?[a-zA-Z]+_(?:\w|\{\w+\})|\\[a-z]+|[a-zA-Z=!°±∞]", text))
 
 
 @functools.lru_cache(maxsize=1)
 def grading_process(owner: int) -> subprocess.Popen:
-    """The child that may hang or die on a hostile answer. `owner` is this process's id: a fork starts its own."""
+    """The child that may hang or die on a hostile answer. `owner`: this process's id, for a fork has its own."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return subprocess.Popen([sys.executable, "-c", GRADING_PROCESS], **pipes)
 
 
 def same_by_algebra(pairs: list[tuple[str, str]]) -> bool:
-    """math-verify's verdict: whether each pair is equal. Raises TimeoutError if the child is killed or crashes."""
+    """math-verify's verdict: whether each pair is equal. Raises TimeoutError if the child is killed."""
     for _ in range(2):  # again where the child was dead before it began, as by the out-of-memory killer
         with GRADING_LOCK:
             child = grading_process(os.getpid())
@@ -730,16 +717,11 @@ def same_by_algebra(pairs: list[tuple[str, str]]) -> bool:
 
 @functools.lru_cache(maxsize=2**12)
 def same_answer(given: str, expected: str) -> bool:
-    """answers_match; a verdict is remembered, a TimeoutError is not: the machine may have been busy."""
-    if max(len(given), len(expected)) > MAX_ANSWER_CHARS:
-        return given.strip() == expected.strip() != ""
+    """answers_match, remembered; a TimeoutError is not: the machine may have been busy, and the answer right."""
     given, expected = tidy(given), tidy(expected)
     if (same := same_by_rule(given, expected)) is not None:
         return same
-    parts, questions = (
-        [re.split("([,;<>≤≥≠≈→∈∪∩∥⊥])", text) for text in (given, expected)],
-        [],
-    )  # [0,2x): "[", "0", "2x", ")"
+    questions, parts = [], [re.split("([,;<>≤≥≠≈→∈∪∩∥⊥])", text) for text in (given, expected)]
     for pair in zip(*parts):
         names = [NAME.match(text) for text in pair]
         if not all(names) or names[0][0] == names[1][0]:  # x=5 is 5, but y=5 is not x=5
@@ -756,8 +738,10 @@ def same_answer(given: str, expected: str) -> bool:
 
 
 def answers_match(given: str, expected: str) -> bool:
-    """Whether two answers mean the same. Any strings will do; takes GRADE_TIMEOUT and a moment at worst. Raises
+    """Whether two answers mean the same. Any strings will do; takes about GRADE_TIMEOUT at worst. Raises
     RuntimeError if no process with math-verify can be started: a silent "wrong" would be worse."""
+    if max(len(given), len(expected)) > MAX_ANSWER_CHARS:
+        return given.strip() == expected.strip() != ""
     try:
         return same_answer(given, expected)
     except TimeoutError:  # not shown to be right
@@ -765,8 +749,7 @@ def answers_match(given: str, expected: str) -> bool:
 
 
 def compute_reward(response: str, answer: str, format_weight: float = 0.1) -> dict[str, float]:
-    r"""Reward of one response, as in the released code: (1 - format_weight) * accuracy + format_weight *
-    format.
+    r"""Reward of one response, as released: (1 - format_weight) * accuracy + format_weight * format.
 
     accuracy is 1.0 if the last \boxed{...} of the response matches `answer`, format is 1.0 if the response
     follows the format, else 0.0. With format_weight in [0, 1] the reward lies in [0, 1]. Any strings will do,

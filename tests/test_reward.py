@@ -1,13 +1,20 @@
 """The rule-based reward: which answers count as right, and that no string, however hostile, stops the training run."""
 
+import json
 import multiprocessing
 import os
 import random
 import re
+import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
+import psutil
 import pytest
+from grader_pairs import labelled_pairs, rates, with_papo
 
 import papo
 
@@ -151,7 +158,12 @@ REJECT = [
     ("1e1000", "1"),
     (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}"),
 ]
-HANGS = ["9^{9^{9}}", "99999999!", r"10^{10^{10}}", "(x+y+z+1)^{5000}"]  # each known to run for minutes
+HANGS = [  # each known to run for minutes; an answer in other symbols is not even asked about
+    ("9^{9^{9}}", "5"),
+    ("99999999!", "5!"),
+    (r"10^{10^{10}}", "5"),
+    ("(x+y+z+1)^{5000}", "x+y+z"),
+]
 HOSTILE = [
     "9**9**9",
     "1e999999999",
@@ -183,6 +195,11 @@ HOSTILE = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def nothing_is_remembered():
+    papo.same_answer.cache_clear()
+
+
 def accuracy(boxed: str, answer: str) -> float:
     return papo.compute_reward(rf"<think> so </think> \boxed{{{boxed}}}", answer)["accuracy"]
 
@@ -197,9 +214,17 @@ def test_rejects_what_does_not(boxed, answer):
     assert accuracy(boxed, answer) == 0.0
 
 
+@pytest.mark.parametrize("part", labelled_pairs())
+def test_labelled_pairs(part):
+    """The rules were written on the tuned half alone; the other two say what they are worth."""
+    pairs = labelled_pairs()[part]
+    right, wrongly_accepted = rates(with_papo, pairs)
+    assert len(pairs) >= 60 and right >= 0.92 and wrongly_accepted <= 0.03, (right, wrongly_accepted)
+
+
 def test_numbers_and_letters_never_reach_the_child(monkeypatch):
     """The usual answers cost microseconds, and an unreliable second opinion cannot overrule an exact no."""
-    monkeypatch.setattr(papo, "grading_pool", lambda: pytest.fail("math-verify was asked"))
+    monkeypatch.setattr(papo, "same_by_algebra", lambda _: pytest.fail("math-verify was asked"))
     for boxed, answer in [
         ("138°", "138"),
         (r"\frac{2}{4}", "0.5"),
@@ -269,9 +294,9 @@ def graded_briefly(monkeypatch, boxed: str, answer: str) -> tuple[float, float]:
         return accuracy(boxed, answer), time.perf_counter() - start
 
 
-@pytest.mark.parametrize("bomb", HANGS)
-def test_a_hang_is_killed_and_the_next_answer_graded(bomb, monkeypatch):
-    result, seconds = graded_briefly(monkeypatch, bomb, "5")
+@pytest.mark.parametrize("bomb, answer", HANGS)
+def test_a_hang_is_killed_and_the_next_answer_graded(bomb, answer, monkeypatch):
+    result, seconds = graded_briefly(monkeypatch, bomb, answer)
     assert result == 0.0 and seconds < SHORT + 4
     assert seconds > SHORT, "no hang: this bomb no longer shows anything"
     assert accuracy(r"2\sqrt{3}", r"\sqrt{12}") == 1.0
@@ -329,37 +354,139 @@ def test_rules_are_quick_and_never_raise():
         assert time.perf_counter() - start < 0.5
 
 
-same_by_algebra = papo.same_by_algebra
+def grading_child() -> psutil.Process:
+    return psutil.Process(papo.grading_process(os.getpid()).pid)
 
 
-def sabotaged(given, expected):
-    """Patched in for the whole test: a worker is forked at a moment of pebble's choosing and keeps the patches of that moment."""
-    if given == "crash":
-        os._exit(1)
-    if given == "fail":
-        raise RecursionError
-    return same_by_algebra(given, expected)
+def test_a_crash_scores_zero_and_the_next_answer_is_graded():
+    """A crash in the middle of a task is no verdict; it is over long before the time is."""
+    for _ in range(2):
+        assert accuracy("x+2x", "3x") == 1.0
+        child, start = grading_child(), time.perf_counter()
+        threading.Timer(0.3, child.kill).start()
+        assert accuracy("9^{9^{9}}", "5") == 0.0 and time.perf_counter() - start < papo.GRADE_TIMEOUT - 1
+        assert grading_child() != child
+        papo.same_answer.cache_clear()
+    assert accuracy("x+2x", "3x") == 1.0
 
 
-@pytest.mark.parametrize("fault", ["crash", "fail"])
-def test_a_crash_scores_zero_and_the_next_answer_is_graded(fault, monkeypatch):
-    monkeypatch.setattr(papo, "same_by_algebra", sabotaged)
+def test_survives_the_death_of_an_idle_child():
+    """As by the kernel's out-of-memory killer: no answer is lost."""
+    assert accuracy("2x", "x+x") == 1.0
+    child = grading_child()
+    child.kill()
+    child.wait(10)
+    assert accuracy("3x", "x+2x") == 1.0 and grading_child() != child
+
+
+def test_a_child_that_cannot_start_is_an_error_and_not_a_wrong_answer(monkeypatch):
+    papo.grading_process.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(papo, "GRADING_PROCESS", "import no_such_module")
+        with pytest.raises(RuntimeError, match="does not start; try: .*import math_verify"):
+            accuracy("2x", "x+x")
+    papo.grading_process.cache_clear()
+    assert accuracy("2x", "x+x") == 1.0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C otherwise")
+def test_ctrl_c_does_not_end_the_child():
+    """The terminal sends it to the whole group of processes, while the trainer finishes its update."""
+    assert accuracy("2x", "x+x") == 1.0
+    child = grading_child()
+    child.send_signal(signal.SIGINT)
+    assert accuracy("3x", "x+2x") == 1.0 and grading_child() == child
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no limit on a process's memory")
+def test_memory_is_limited():
+    assert accuracy("2x", "x+x") == 1.0
+    assert grading_child().rlimit(psutil.RLIMIT_AS) == (2**31, 2**31)
+
+
+def test_verdicts_are_remembered_and_time_outs_are_not(monkeypatch):
+    asked = []
+    ask = papo.same_by_algebra
+    monkeypatch.setattr(papo, "same_by_algebra", lambda pairs: asked.append(pairs) or ask(pairs))
+    monkeypatch.setattr(papo, "GRADE_TIMEOUT", SHORT)
     for _ in range(3):
-        assert accuracy(fault, "x+x") == 0.0
-        assert accuracy("2x", "x+x") == 1.0
+        assert accuracy("2x", "x+x") == 1.0 and accuracy("3x", "x+x") == 0.0
+    assert len(asked) == 2
+    for _ in range(2):
+        assert accuracy("9^{9^{9}}", "5") == 0.0
+    assert len(asked) == 4
+    assert papo.same_answer.cache_info().maxsize is not None
 
 
-def test_survives_the_death_of_an_idle_worker():
-    """As by the kernel's out-of-memory killer. pebble then marks the whole pool as broken, for good."""
-    assert accuracy("2x", "x+x") == 1.0
-    broken = papo.grading_pool()
-    for child in multiprocessing.active_children():
+def run_script(path, script: str) -> subprocess.Popen:
+    path.write_text(textwrap.dedent(script))
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(papo.__file__)}
+    return subprocess.Popen([sys.executable, path], env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_no_process_outlives_its_killed_parent(tmp_path):
+    """SIGKILL in the middle of 9^{9^{9}}, where nothing of the parent is left to clean up."""
+    parent = run_script(
+        tmp_path / "main.py",
+        """
+        import papo
+
+        assert papo.answers_match("2x", "x+x")
+        print("ready", flush=True)
+        papo.answers_match("9^{9^{9}}", "5")
+        """,
+    )
+    assert parent.stdout.readline() == "ready\n"
+    time.sleep(0.5)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert any(child.cpu_times().user > 0.3 for child in children), "nothing was computing"
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(children, timeout=papo.GRADE_TIMEOUT + 3)
+    alive = [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    for child in alive:
         child.kill()
-    deadline = time.monotonic() + 10
-    while broken.active and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not broken.active, "pebble mended the pool by itself: the guard in answers_match can go"
-    assert accuracy("2x", "x+x") == 1.0
+    assert not alive
+
+
+def grade_into(queue):
+    queue.put([papo.answers_match("2x", "x+x"), papo.answers_match("3x", "x+x")])
+
+
+def test_works_in_a_daemonic_process():
+    """It may have no children by multiprocessing, and where it is forked it must not use its parent's child."""
+    assert papo.answers_match("2x", "x+x")
+    queue = multiprocessing.Queue()
+    process = multiprocessing.Process(target=grade_into, args=(queue,), daemon=True)
+    process.start()
+    assert queue.get(timeout=60) == [True, False]
+    process.join(60)
+    assert papo.answers_match("4x", "x+3x")
+
+
+def test_under_spawn_a_kill_costs_no_import_of_torch(tmp_path):
+    """macOS, Windows: a child imports the main module anew. In less time than torch's import takes, with a kill in
+    the middle, in a fresh process."""
+    process = run_script(
+        tmp_path / "main.py",
+        """
+        import json, multiprocessing
+
+        import psutil
+        import papo
+
+        if __name__ == "__main__":
+            multiprocessing.set_start_method("spawn")
+            papo.GRADE_TIMEOUT = 2.0
+            pairs = [("2x", "x+x"), ("9^{9^{9}}", "5"), ("3x", "x+2x"), ("3x", "x+x")]
+            verdicts = [papo.answers_match(*pair) for pair in pairs]
+            children = psutil.Process().children(recursive=True)
+            print(json.dumps([verdicts, max(child.memory_info().rss for child in children) / 2**20]))
+        """,
+    )
+    verdicts, mebibytes = json.loads(process.communicate(timeout=120)[0])
+    assert verdicts == [True, False, True, False]
+    assert mebibytes < 200  # torch and transformers alone take more than twice that
 
 
 def test_works_from_other_threads(monkeypatch):
