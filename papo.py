@@ -567,10 +567,11 @@ CHARACTERS |= str.maketrans(
 )
 CHARACTERS |= str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "¢": " cents"})
 # ... words, each group by its first ...
-WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; ≠ \neq \ne; ≈ \approx; → \rightarrow \to; ∞ \infty; ∪ \cup;
-∩ \cap; ∈ \in; ∠ \angle; △ \triangle; ∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ± \pm; Ω \Omega; ∨ or 或;
-, and 和; \frac \dfrac \tfrac; cm centimeters 厘米; mm millimeters 毫米; km kilometers 千米; m meters 米; in inches;
-ft feet; h hours 小时; min minutes 分钟; s seconds 秒; kg 千克; g grams 克; ° degrees degree \degree 度; % percent"""
+WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; ≠ \neq \ne; ≈ \approx; → \rightarrow \to; ∞ \infty;
+∪ \cup; ∩ \cap; ∈ \in; ∠ \angle; △ \triangle; ∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ± \pm; Ω \Omega;
+∨ or 或; , and 和; \frac \dfrac \tfrac; cm centimeters 厘米; mm millimeters 毫米; km kilometers 千米; m meters 米;
+in inches; ft feet; h hours 小时; min minutes 分钟; s seconds 秒; kg 千克; g grams 克; % percent;
+° degrees degree \degree 度"""
 WORDS = {word: group.split()[0] for group in WORDS.split(";") for word in group.split()}
 TIDY_RULES = [  # ... and patterns, in this order
     (r"\{,\}|,\\!", ","),  # 1{,}000 -> 1,000
@@ -581,7 +582,10 @@ TIDY_RULES = [  # ... and patterns, in this order
     (r"\\(?:text|math)(?:bf|rm|it|sf)?\{([^{}]*)\}", r" \1 "),  # \text{cm} -> cm
     (r"\\(?:left|right|quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\\?\$|~|\s", " "),
     (r"(?:(square|平方)|cubic|立方) ?([^\W\d_]+)", lambda m: f"{m[2]}^{3 - bool(m[1])}"),  # square m -> m^2
-    (r"\\?[a-zA-Z]+|小时|分钟|.?[米克]|[或和秒度]", lambda m: WORDS.get(m[0], m[0])),  # \le -> ≤, hours -> h
+    (
+        r"\\?[a-zA-Z]+|小时|分钟|[厘毫千]?[米克]|[或和秒度]",
+        lambda m: WORDS.get(m[0], m[0]),
+    ),  # \le -> ≤, hours -> h
     # The answer is C -> C; A, C -> AC
     (r"(?i)^ *(?:the )?(?:answer|option|choice|答案|选项?)(?![a-z])(?: ?is|是|为)?[: ]*(?=.)", ""),
     (r"(?<=[A-J①-⑩])[, ]+(?=[A-J①-⑩](?![a-z]))", ""),
@@ -604,8 +608,8 @@ CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+(.*))?")  # B, (B), B),
 NAME = re.compile(r"(?!\d)(?:[\w∠△ ']|\\[a-zA-Z]+|_\{\w+\}|\(\w+\))+=(?=[^=]*$)")  # of x_1=5, P(A)=5, ∠ABC=5
 FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|cot|log|ln|times|cdot|(?:begin|end)\{[pb]matrix\}|\\)(?![a-zA-Z])"
 EXPRESSION = re.compile(rf"(?![*/^!]|\\times|\\cdot)(?:{FUNCTION}|\\[a-z]+|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
-# A fresh interpreter runs this, without torch, so it is ready in a second. It answers each [seconds, pairs] when
-# it begins and when it knows. The watchdog is a thread of C: it ends even 9^{9^{9}}, and with no parent left.
+# A fresh interpreter runs this, ready in a second without torch. It answers each [seconds, pairs] when it begins
+# and when it knows. The watchdog is a thread of C: it ends even 9^{9^{9}}, and with no parent left.
 GRADING_PROCESS = r"""
 import faulthandler, json, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
@@ -638,8 +642,8 @@ def extract_boxed(text: str) -> str | None:
 
 
 def follows_format(response: str) -> bool:
-    r"""Whether `response` is <think>...</think>...\boxed{...}..., white space around < > / allowed, as released.
-    Finding the first of each landmark in turn takes one pass; the released pattern can backtrack for hours."""
+    r"""Whether `response` is <think>...</think>...\boxed{...}..., spaces around < > / allowed, as released.
+    Finding the first of each landmark in turn takes one pass; the released regex can backtrack for hours."""
     match = re.match(r"\s*<\s*think\s*>", response)
     for landmark in (r"<\s*/\s*think\s*>", r"\\boxed\{", r"\}"):
         match = match and re.compile(landmark).search(response, match.end())
@@ -693,7 +697,7 @@ def symbols(text: str) -> set[str] | None:
 
 @functools.lru_cache(maxsize=1)
 def grading_process(owner: int) -> subprocess.Popen:
-    """The child that may hang or die on a hostile answer. `owner`: this process's id, for a fork has its own."""
+    """The child that may hang or die on a hostile answer. `owner`, this process's id: forks have their own."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return subprocess.Popen([sys.executable, "-c", GRADING_PROCESS], **pipes)
 
@@ -717,14 +721,15 @@ def same_by_algebra(pairs: list[tuple[str, str]]) -> bool:
 
 @functools.lru_cache(maxsize=2**12)
 def same_answer(given: str, expected: str) -> bool:
-    """answers_match, remembered; a TimeoutError is not: the machine may have been busy, and the answer right."""
+    """answers_match, remembered; a TimeoutError is not, for the machine may have been busy."""
     given, expected = tidy(given), tidy(expected)
     if (same := same_by_rule(given, expected)) is not None:
         return same
     questions, parts = [], [re.split("([,;<>≤≥≠≈→∈∪∩∥⊥])", text) for text in (given, expected)]
     for pair in zip(*parts):
         names = [NAME.match(text) for text in pair]
-        if not all(names) or names[0][0] == names[1][0]:  # x=5 is 5, but y=5 is not x=5
+        if "=" not in pair[0] or "=" not in pair[1] or all(names) and names[0][0] == names[1][0]:
+            # x=5 is 5, but y=5 is not x=5
             pair = [text[name.end() if name else 0 :].strip() for text, name in zip(pair, names)]
         if pair[0] == pair[1] or (same := same_by_rule(*pair)):
             continue
