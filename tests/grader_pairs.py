@@ -1,7 +1,7 @@
 """The grader on labelled pairs, beside math-verify and mathruler where they are installed, each called as
 its users do:
 
-    pip install mathruler pylatexenc && python tests/grader_pairs.py
+    pip install mathruler pylatexenc tqdm && python tests/grader_pairs.py
 
 grader_pairs.tsv is split by a checksum: the rules were written on the tuned half only, `unseen` was written
 after them.

@@ -90,6 +90,20 @@ ACCEPT = [  # (boxed answer, answer of the data set)
     (r"\text{Yes}", "yes"),
     (r"5\sqrt{2}\text{ m}", r"5\sqrt{2}"),
     (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"),
+    ("１２", "12"),
+    ("（1，2）", "(1,2)"),
+    ("–3", "-3"),
+    ("½", r"\frac{1}{2}"),
+    ("2½", "2.5"),
+    ("12厘米", "12 cm"),
+    ("100平方米", "100 m²"),
+    ("24 cm²", "24 cm^2"),
+    ("8 meters", "8 m"),
+    ("9 square units", "9"),
+    ("Option C", "C"),
+    ("C: 12 cm", "C"),
+    ("x=2 or x=1", "x=1 or x=2"),
+    ("2x-y+1=0", "y=2x+1"),
 ]
 REJECT = [
     ("4 2", "42"),
@@ -157,6 +171,24 @@ REJECT = [
     ("1e3", "1e4"),
     ("1e1000", "1"),
     (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}"),
+    ("x+1=6", "6"),
+    ("5=6", "6"),
+    (r"3 \to 4", "4"),
+    ("(B) or (C)", "B"),
+    ("(A) is wrong; C", "A"),
+    ("(B) 12 cm", "(B) 15 cm"),
+    ("(1,2)", r"\{1,2\}"),
+    (r"\ne 3", "3"),
+    (r"\div 3", "3"),
+    (r"\frac{1}{2} foo", r"\frac{1}{2}"),
+    (r"not \frac{1}{2}", r"\frac{1}{2}"),
+    ("5 cents", r"\$5"),
+    (r"2\sqrt{3} cm", r"2\sqrt{3} m"),
+    ("0.5%", "0.5"),
+    ("x_1", "x"),
+    (r"0.\dot{3}", "0.3"),
+    ("1.7320508", r"\sqrt{3}"),
+    ("on", "no"),
 ]
 HANGS = [  # each known to run for minutes; an answer in other symbols is not even asked about
     ("9^{9^{9}}", "5"),
@@ -365,6 +397,7 @@ def test_a_crash_scores_zero_and_the_next_answer_is_graded():
         child, start = grading_child(), time.perf_counter()
         threading.Timer(0.3, child.kill).start()
         assert accuracy("9^{9^{9}}", "5") == 0.0 and time.perf_counter() - start < papo.GRADE_TIMEOUT - 1
+        assert papo.grading_process.cache_info().currsize == 1, "no successor was started"
         assert grading_child() != child
         papo.same_answer.cache_clear()
     assert accuracy("x+2x", "3x") == 1.0
