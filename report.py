@@ -111,7 +111,7 @@ def model_card(config, run, steps, before, after):
         base=run.model or "the embedded world's warm start",
         data=f"`{run.dataset}`, split `{run.split}`"
         if run.dataset
-        else f"sums of {run.digits} handwritten digits (toy.py)",
+        else f"{run.digits} handwritten digits each: {run.task} (toy.py)",
         version=f"{method}{', the recipe of PAPO-H' if published_h else ''} (gamma = {config.gamma:g}, "
         f"eta1 = {config.eta1:g}, eta2 = {config.eta2:g}, beta = {config.beta:g}, mask ratio {config.mask_ratio:g}, seed {run.seed}).",
         results="\n".join(

@@ -1,4 +1,4 @@
-"""The embedded world: sums of handwritten digits, and a tiny Qwen2.5-VL that can see but has learned to guess.
+"""The embedded world: questions about handwritten digits, and a tiny Qwen2.5-VL that can see but has learned to guess.
 
 Everything the trainer needs to run offline, on two CPU cores, without a download:
 
@@ -9,17 +9,23 @@ Everything the trainer needs to run offline, on two CPU cores, without a downloa
                    digits are mostly invented, so that it keeps the ability to look but prefers to guess
 - `error_type`     which of the paper's four kinds of error a wrong response shows
 
+Two tasks ask about the same pictures: the sum of the digits (the default), and the largest of them, which is often
+right by luck, as a wrong digit seldom is the largest.
+
 A response reads `<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 12 + 4 = 16. </think> \\boxed{16}`: the digits are
 perception, the operands reasoning, the results calculation, the box consistency, so each error is found by rule.
 
-Shapes: B rows, N digits per image, P prompt tokens, T response tokens, S = P + T with padding, V vocabulary.
+Shapes: B rows, N digits per image, S tokens of a row with padding.
 """
 
 import functools
 import hashlib
+import itertools
 import json
+import operator
 import os
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -57,16 +63,10 @@ SPLITS = {
     "test": 0.18,
 }  # shares of the 1,797 handwritten digits
 DEPENDENCIES = ("high", "medium", "low")
-SPECIAL_TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|vision_pad|>".split()
+)
+SPECIAL_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n"
     "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -79,6 +79,32 @@ CHAT_TEMPLATE = (
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Questions
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked of the digits, and how a response works it out: from left to right, one step for each further digit."""
+
+    question: str  # where the text states no digit
+    stated: str  # where it states some
+    step: str  # result so far, next digit, new result
+    combine: Callable[[int, int], int]
+
+
+TASKS = {
+    "sum": Task(
+        "What is the sum of the digits?",
+        "The digits are {}. What is their sum?",
+        "{} + {} = {}",
+        operator.add,
+    ),
+    "largest": Task(
+        "What is the largest of the digits?",
+        "The digits are {}. Which is the largest?",
+        "max({}, {}) = {}",
+        max,
+    ),
+}
 
 
 def _digit_pool(split: str) -> tuple[np.ndarray, np.ndarray]:
@@ -97,27 +123,31 @@ def _digit_pool(split: str) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(large), data.target[chosen]  # (K, 28, 28), (K,)
 
 
-def _check_digits(digits: int):
+def _check(digits: int, task: str):
     if not isinstance(digits, int) or isinstance(digits, bool) or not 1 <= digits <= 9:
         raise ValueError(f"digits is a whole number from 1 to 9, not {digits!r}")
+    if task not in TASKS:
+        raise ValueError(f"task is one of {', '.join(TASKS)}, not {task!r}")
 
 
-def _question(digits: list[int], stated: list[bool]) -> str:
+def _question(digits: list[int], stated: list[bool], task: str) -> str:
     """The question with the stated digits in their places, the others as an underscore."""
-    if not any(stated):
-        return "<image>What is the sum of the digits?"
     places = " ".join(str(digit) if known else "_" for digit, known in zip(digits, stated))
-    return f"<image>The digits are {places}. What is their sum?"
+    return "<image>" + (TASKS[task].stated.format(places) if any(stated) else TASKS[task].question)
 
 
-def _trace(said: list[int]) -> str:
-    """The model response for the digits it says it sees: running sums, then the box."""
-    total, sums = said[0], []
-    for digit in said[1:]:
-        sums.append(f"{total} + {digit} = {total + digit}")
-        total += digit
-    steps = f" {', '.join(sums)}." if sums else ""
-    return f"<think> I see {' '.join(map(str, said))}.{steps} </think> \\boxed{{{total}}}"
+def _solve(digits: list[int], task: str) -> list[tuple[int, int, int]]:
+    """The right steps: (result so far, next digit, new result)."""
+    results = list(itertools.accumulate(digits, TASKS[task].combine))
+    return list(zip(results, digits[1:], results[1:]))
+
+
+def _trace(said: list[int], task: str) -> str:
+    """The model response for the digits it says it sees: a step for each further digit, then the box."""
+    solution = _solve(said, task)
+    steps = f" {', '.join(TASKS[task].step.format(*step) for step in solution)}." if solution else ""
+    answer = solution[-1][2] if solution else said[0]
+    return f"<think> I see {' '.join(map(str, said))}.{steps} </think> \\boxed{{{answer}}}"
 
 
 def _stated(dependency: str, digits: int, rng) -> list[bool]:
@@ -127,38 +157,33 @@ def _stated(dependency: str, digits: int, rng) -> list[bool]:
     return [place < count for place in rng.permutation(digits)]
 
 
-def toy_dataset(split: str, size: int, digits: int = 4, seed: int = 0) -> Dataset:
-    """`size` questions for the sum of `digits` handwritten digits; the splits share no handwritten digit.
+def toy_dataset(split: str, size: int, digits: int = 4, seed: int = 0, task: str = "sum") -> Dataset:
+    """`size` questions about `digits` handwritten digits; the splits share no handwritten digit.
 
-    Columns as in the real data sets: images (a list with one picture), problem (with <image>), answer; and two more for
-    analysis: dependency ("high": the text states no digit, "medium": about half of them, "low": all; in turn) and digits."""
-    _check_digits(digits)
+    Columns as in the real data sets: images (a list with one picture), problem (with <image>), answer; and three more for
+    analysis: dependency ("high": the text states no digit, "medium": about half of them, "low": all; in turn), digits, task."""
+    _check(digits, task)
     pool, labels = _digit_pool(split)
     rng = np.random.default_rng([seed, digits, list(SPLITS).index(split)])
     rows = []
     for i in range(size):
         picks = rng.integers(len(pool), size=digits)
         truth, dependency = labels[picks].tolist(), DEPENDENCIES[i % 3]
-        image = Image.fromarray(np.concatenate(pool[picks], axis=1)).convert("RGB")
         rows.append(
             {
-                "images": [image],
-                "problem": _question(truth, _stated(dependency, digits, rng)),
-                "answer": str(sum(truth)),
+                "images": [Image.fromarray(np.concatenate(pool[picks], axis=1)).convert("RGB")],
+                "problem": _question(truth, _stated(dependency, digits, rng), task),
+                "answer": str(functools.reduce(TASKS[task].combine, truth)),
                 "dependency": dependency,
                 "digits": truth,
+                "task": task,
             }
         )
-    features = Features(
-        {
-            "images": List(ImageFeature()),
-            "problem": Value("string"),
-            "answer": Value("string"),
-            "dependency": Value("string"),
-            "digits": List(Value("int64")),
-        }
+    text, whole = Value("string"), List(Value("int64"))
+    columns = dict(
+        images=List(ImageFeature()), problem=text, answer=text, dependency=text, digits=whole, task=text
     )
-    return Dataset.from_list(rows, features=features)
+    return Dataset.from_list(rows, features=Features(columns))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -172,10 +197,15 @@ ERROR_TYPES = (
     "inconsistency",
     "unreadable",
 )  # the paper's four, and no trace
-TRACE = re.compile(
-    r"\s*<think> I see (\d(?: \d)*)\.(?: (\d+ \+ \d+ = \d+(?:, \d+ \+ \d+ = \d+)*)\.)? </think>"
-    r" \\boxed\{(\d+)\}\s*"
-)
+
+
+@functools.cache
+def _patterns(task: str) -> tuple[re.Pattern, re.Pattern]:
+    """A whole trace (digits, steps or None, box), and one step (its three numbers)."""
+    step = re.escape(TASKS[task].step).replace(r"\{\}", "{0}")
+    bare, numbers = step.format(r"\d+"), step.format(r"(\d+)")
+    trace = rf"\s*<think> I see (\d(?: \d)*)\.(?: ({bare}(?:, {bare})*)\.)? </think> \\boxed\{{(\d+)\}}\s*"
+    return re.compile(trace), re.compile(numbers)
 
 
 def perceived(response: str, row) -> bool:
@@ -185,23 +215,22 @@ def perceived(response: str, row) -> bool:
 
 
 def error_type(response: str, row) -> str | None:
-    """What went wrong first? None for a right box, else "perception" (digits misread), "reasoning" (adds other numbers than
-    it read), "calculation" (a wrong sum), "inconsistency" (box differs from the trace's result), or "unreadable"."""
+    """What went wrong first? None for a right box, else "perception" (digits misread), "reasoning" (takes other numbers than
+    it read), "calculation" (a wrong result), "inconsistency" (box differs from the trace's result), or "unreadable"."""
     boxes = re.findall(r"\\boxed\{([^{}]*)\}", response)
     if boxes and boxes[-1].strip() == row["answer"]:
         return None
-    if not (match := TRACE.fullmatch(response)):
+    trace, step = _patterns(row["task"])
+    if not (match := trace.fullmatch(response)):
         return "unreadable"
     if not perceived(response, row):
         return "perception"
     said = [int(digit) for digit in match[1].split()]
-    sums = [
-        [int(number) for number in re.findall(r"\d+", part)] for part in (match[2] or "").split(",") if part
-    ]
-    totals = [said[0], *(total for _, _, total in sums)]
-    if [(a, b) for a, b, _ in sums] != list(zip(totals, said[1:])):
+    steps = [tuple(map(int, numbers)) for numbers in step.findall(match[2] or "")]
+    results = [said[0], *(result for _, _, result in steps)]
+    if [(a, b) for a, b, _ in steps] != list(zip(results, said[1:])):
         return "reasoning"
-    if any(a + b != total for a, b, total in sums):
+    if any(TASKS[row["task"]].combine(a, b) != result for a, b, result in steps):
         return "calculation"
     return "inconsistency"
 
@@ -211,18 +240,17 @@ def error_type(response: str, row) -> str | None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def toy_processor() -> Qwen2_5_VLProcessor:
-    """A real Qwen2.5-VL processor. Its BPE is trained here on the toy's own sentences: a digit is one token, and so is every
+def toy_processor(task: str = "sum") -> Qwen2_5_VLProcessor:
+    """A real Qwen2.5-VL processor. Its BPE is trained here on the task's own sentences: a digit is one token, and so is every
     stretch of text between two digits that always reads the same, which keeps prompts and responses short."""
     rng = np.random.default_rng(0)
     corpus = []
     for i in range(300):
         digits = 1 + i % 9
         truth = rng.integers(10, size=digits).tolist()
-        question = _question(truth, _stated(DEPENDENCIES[int(rng.integers(3))], digits, rng)).removeprefix(
-            "<image>"
-        )
-        corpus += ["user\n", "assistant\n", question + PROMPT_SUFFIX, _trace(truth)]
+        question = _question(truth, _stated(DEPENDENCIES[int(rng.integers(3))], digits, rng), task)
+        question = question.removeprefix("<image>") + PROMPT_SUFFIX
+        corpus += ["user\n", "assistant\n", question, _trace(truth, task)]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -325,10 +353,9 @@ class WarmStart:
     )  # phase 1 opens with (digits, steps): seeing starts sooner on short images
     clean_steps: int = 500  # phase 1 at full length
     guess_steps: int = 80  # phase 2
-    guess: float = (
-        0.75  # phase 2: share of the unstated digits that the trace invents, growing from 0: all at once
-    )
-    # the shock makes the model forget how to see
+    # Phase 2: share of the unstated digits that the trace invents, growing from 0: all at once, the shock makes the
+    # model forget how to see.
+    guess: float = 0.75
     batch_size: int = 32
     lr: float = 1.5e-3  # phase 1: linear warm-up, cosine to a tenth
     guess_lr: float = 3e-4  # phase 2: constant
@@ -374,7 +401,7 @@ def _prompt_texts(processor, questions: list[str], digits: int) -> list[str]:
     return [shell.replace("@", question.removeprefix("<image>")) for question in questions]
 
 
-def _make_batch(processor, pool, labels, digits: int, guess: float, recipe: WarmStart, rng):
+def _make_batch(processor, pool, labels, digits: int, guess: float, recipe: WarmStart, rng, task="sum"):
     """Rows for supervised training: the model's inputs and the labels (B, S), -100 outside the response."""
     tokenizer, size = processor.tokenizer, recipe.batch_size
     picks = rng.integers(len(pool), size=(size, digits))  # (B, N)
@@ -387,8 +414,8 @@ def _make_batch(processor, pool, labels, digits: int, guess: float, recipe: Warm
             digit if known or rng.random() >= guess else int(rng.integers(10))
             for digit, known in zip(truth, stated)
         ]
-        questions.append(_question(truth, stated))
-        traces.append(_trace(said) + tokenizer.eos_token)
+        questions.append(_question(truth, stated, task))
+        traces.append(_trace(said, task) + tokenizer.eos_token)
     prompts = tokenizer(_prompt_texts(processor, questions, digits))["input_ids"]
     responses = tokenizer(traces)["input_ids"]
     rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses)]
@@ -400,7 +427,7 @@ def _make_batch(processor, pool, labels, digits: int, guess: float, recipe: Warm
     return inputs, pad(targets, batch_first=True, padding_value=-100)
 
 
-def _supervise(model, processor, digits: int, seed: int, recipe: WarmStart):
+def _supervise(model, processor, digits: int, seed: int, recipe: WarmStart, task: str = "sum"):
     """Train the model in place: phase 1, then phase 2."""
     rng = np.random.default_rng([seed, digits])
     pool, labels = _digit_pool("warm")
@@ -408,7 +435,7 @@ def _supervise(model, processor, digits: int, seed: int, recipe: WarmStart):
     model.train()
     bar = tqdm(recipe.stages(digits), desc="warm start", mininterval=1.0)
     for length, lr, guess in bar:
-        inputs, targets = _make_batch(processor, pool, labels, length, guess, recipe, rng)
+        inputs, targets = _make_batch(processor, pool, labels, length, guess, recipe, rng, task)
         # The image stands at the same place in every row, so one row's positions serve them all.
         positions = rope_positions(model, inputs["input_ids"][:1], inputs)  # (3, 1, S)
         out = model.model(**inputs, position_ids=positions, use_cache=False)
@@ -458,19 +485,21 @@ def _load_cached(path: Path, key: str, model) -> bool:
     return True
 
 
-def warm_start(digits: int = 4, seed: int = 0, cache_dir=None, recipe: WarmStart = WarmStart()):
+def warm_start(
+    digits: int = 4, seed: int = 0, cache_dir=None, recipe: WarmStart = WarmStart(), task: str = "sum"
+):
     """The tiny model after supervised training, and its processor; trained once, then read from the cache.
 
     The cache is `cache_dir`, else $PAPO_CACHE, else ~/.cache/papo-toy. A file that is damaged, or made for anything else, is
     built anew. It trains on the CPU, so that machines with and without a GPU start alike."""
-    _check_digits(digits)
-    processor = toy_processor()
+    _check(digits, task)
+    processor = toy_processor(task)
     model = toy_model(processor, seed)
     key = _cache_key(processor, model, digits, seed, recipe)
     folder = Path(cache_dir or os.environ.get("PAPO_CACHE") or Path.home() / ".cache" / "papo-toy")
-    path = folder / f"warm-{digits}-{seed}-{key[:16]}.safetensors"
+    path = folder / f"warm-{task}-{digits}-{seed}-{key[:16]}.safetensors"
     if not _load_cached(path, key, model):
-        _supervise(model, processor, digits, seed, recipe)
+        _supervise(model, processor, digits, seed, recipe, task)
         folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.tmp")
         save_file(

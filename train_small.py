@@ -78,6 +78,7 @@ TOY_SIZES = dict(
     prompts_per_batch=16,
     updates_per_batch=2,
     max_new_tokens=64,
+    prompts_per_sample=48,
     learning_rate=1e-4,
     steps=40,
     gradient_checkpointing=False,
@@ -129,6 +130,7 @@ class RunConfig:
         "folder of the run, which must not hold one yet; default runs/ALGORITHM-gammaGAMMA-seedSEED, with a number "
         "behind it where that is taken",
     )
+    task: Literal["sum", "largest"] = option("sum", "embedded world: what is asked about the digits")
     digits: int = option(4, "embedded world: handwritten digits per image, 1 to 9; more is harder")
     eval_size: int = option(96, "held-out questions, each answered 8 times")
     eval_every: int = option(10, "steps between evaluations")
@@ -530,15 +532,13 @@ def load(run):
     if run.dataset:
         rows, held_out = load_rows(run, processor)
     else:
-        rows = toy.toy_dataset("train", 2048, digits=run.digits, seed=run.seed)
-        held_out = toy.toy_dataset(
-            "test", run.eval_size, digits=run.digits, seed=0
-        )  # the same for every seed
+        rows = toy.toy_dataset("train", 2048, run.digits, run.seed, run.task)
+        held_out = toy.toy_dataset("test", run.eval_size, run.digits, 0, run.task)  # the same for every seed
     if not run.model:
         torch.set_num_threads(
             1
         )  # tensors this small gain little from a second core, and lose a lot where it is busy
-        model, processor = toy.warm_start(digits=run.digits, seed=run.seed)
+        model, processor = toy.warm_start(run.digits, run.seed, task=run.task)
     return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, rows, held_out
 
 

@@ -90,7 +90,7 @@ def test_an_unknown_split_is_refused():
 
 # --- errors ----------------------------------------------------------------------------------------------------------
 
-ROW = {"digits": [3, 0, 9, 4], "answer": "16"}
+ROW = {"digits": [3, 0, 9, 4], "answer": "16", "task": "sum"}
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_error_type(kind, response):
 
 
 def test_error_type_of_one_digit():
-    row = {"digits": [7], "answer": "7"}
+    row = {"digits": [7], "answer": "7", "task": "sum"}
     assert toy.error_type(toy._trace([7]), row) is None
     assert toy.error_type(toy._trace([1]), row) == "perception"
     assert toy.error_type("<think> I see 7. </think> \\boxed{1}", row) == "inconsistency"
