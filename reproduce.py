@@ -50,7 +50,7 @@ from papo import aggregate, clipped_policy_loss, kl_k3, papo_loss
 from report import save_picture
 
 EIGHT, FOUR, THREE = range(8), range(4), range(3)
-BEST, RESCUE_GAMMA, ETA, BETA = 0.3, 3.0, 3.0, 1.0  # see "Chosen" above
+BEST, BEST_GATED, RESCUE_GAMMA, ETA, BETA = 0.3, 10.0, 3.0, 3.0, 1.0  # see "Chosen" and "Gated" above
 QUICK = toy.WarmStart(short_stages=(), clean_steps=2, guess_steps=1, batch_size=4)  # learns nothing
 # The rescues: which entropies are kept low, with which gradients through the masked pass.
 ETAS = {"eta1": dict(eta1=ETA), "eta2": dict(eta2=ETA), "both": dict(eta1=ETA, eta2=ETA)}
@@ -128,7 +128,7 @@ ARMS = {  # name: (seeds, arms it is compared with, flags of train_small.py that
         for name, flags in {
             "grpo": dict(gamma=0.0),
             f"gamma-{BEST:g}": dict(gamma=BEST),
-            "gated-10": term("gated", 10.0),
+            f"gated-{BEST_GATED:g}": term("gated", BEST_GATED),
         }.items()
     },
     "vppo": (FOUR, "dapo", dict(algorithm="papo-d", eta1=0.0, eta2=0.0, mask_ratio=0.5, format_weight=0.0)),
@@ -360,25 +360,34 @@ def plot_curves(runs, path, rows):
     save_picture(figure, path)
 
 
-def plot_gamma(runs, path, ladders):
-    """Accuracy over the weight of the perception term, for each ladder {title: {gamma: arm}}: every seed a
-    dot; filled with its 95 % interval where there are eight, hollow where there are three; and GRPO on the
-    same seeds."""
-    if "grpo" not in runs or not all(arm in runs for ladder in ladders.values() for arm in ladder.values()):
+def plot_ladders(runs, path, xlabel, panels):
+    """Accuracy over the weight of the perception term. panels: (title, step or "run" or "end", the arm without the term,
+    {label: {place: arm}}). Every seed is a dot; the mean is filled, with its 95 % interval, where there are eight seeds, else
+    hollow; the arm without the term is a line for each number of seeds."""
+    panels = [
+        (
+            title,
+            when,
+            base,
+            {name: {x: arm for x, arm in ladder.items() if arm in runs} for name, ladder in ladders.items()},
+        )
+        for title, when, base, ladders in panels
+        if base in runs
+    ]
+    if not any(ladder for *_, ladders in panels for ladder in ladders.values()):
         return
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for axis, when, title in zip(axes, ("run", "end"), ("over the run", "at the end")):
-        for seeds, style in ((EIGHT, "--"), (THREE, ":")):
-            level = mean(measured(runs["grpo"][seed], "accuracy", when) for seed in seeds)
-            axis.axhline(level, color=COLOURS[0], linestyle=style, label=f"GRPO, {len(seeds)} seeds")
+    labels = {}  # label: what is drawn
+    for axis, (title, when, base, ladders) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False).flat, panels
+    ):
         for (name, ladder), colour in zip(ladders.items(), COLOURS[1:]):
-            for gamma, arm in ladder.items():
+            for x, arm in ladder.items():
                 values = [measured(lines, "accuracy", when) for lines in runs[arm].values()]
                 many = len(values) >= 8
-                axis.plot([gamma] * len(values), values, ".", color=colour, alpha=0.4, markeredgewidth=0)
-                axis.errorbar(
-                    gamma,
+                axis.plot([x] * len(values), values, ".", color=colour, alpha=0.4, markeredgewidth=0)
+                labels[f"{name}, {len(values)} seeds"] = axis.errorbar(
+                    x,
                     mean(values),
                     interval(values)[1] if many else None,
                     fmt="D",
@@ -386,12 +395,15 @@ def plot_gamma(runs, path, ladders):
                     mfc=colour if many else "white",
                     markersize=6,
                     capsize=4,
-                    label=f"{name}, {len(values)} seeds",
                 )
-        axis.set(xscale="log", xlabel="gamma", title=f"accuracy {title}, %", ylim=(-3, 103))
+        for count in sorted({len(runs[arm]) for ladder in ladders.values() for arm in ladder.values()}):
+            level = mean(measured(runs[base][seed], "accuracy", when) for seed in list(runs[base])[:count])
+            style = "--" if count >= 8 else ":"
+            labels[f"GRPO, {count} seeds"] = axis.axhline(level, color=COLOURS[0], linestyle=style)
+        axis.set(xscale="log", xlabel=xlabel, title=f"accuracy {title}, %", ylim=(-3, 103))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    labels = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
+    labels = dict(sorted(labels.items()))
     figure.legend(labels.values(), labels, frameon=False, ncols=2, loc="outside lower center")
     save_picture(figure, path)
 
@@ -455,7 +467,7 @@ def draw(runs, out):
         "dapo": "DAPO",
         "papo-d": "PAPO-D, gamma 0.01",
         "papo-d-entropy-only": "PAPO-D, gamma 0",
-        f"papo-d-{BEST:g}": f"PAPO-D, gamma {BEST:g}",
+        f"papo-d-gamma-{BEST:g}": f"PAPO-D, gamma {BEST:g}",
     }
     accuracy = ["eval_accuracy", "eval_accuracy_high"]
     plot_curves(runs, out / "main.png", [(on_grpo, accuracy), (on_dapo, accuracy)])
@@ -466,10 +478,39 @@ def draw(runs, out):
     }
     signs = ["eval_accuracy", "reward", "kl_prcp", "clip_high_fraction", "entropy", "masked_entropy"]
     plot_curves(runs, out / "signs.png", [(steep, signs[i : i + 2]) for i in (0, 2, 4)])
-    ladder = {0.02: "papo-g", **{ARMS[arm][2]["gamma"]: arm for arm in ARMS if arm.startswith("gamma")}}
-    plot_gamma(runs, out / "gamma.png", {"PAPO-G": ladder})
-    gated = {gamma: f"gated-{gamma:g}" for gamma in LADDER["gated"]}
-    plot_gamma(runs, out / "gated.png", {"PAPO-G": ladder, "gated": gated})
+    ladders = {  # {label: {gamma: arm}} of each world
+        world: {
+            label: {
+                flags["gamma"]: arm
+                for arm, (_, _, flags) in ARMS.items()
+                if arm.startswith(f"{world}{kind}-")
+            }
+            for kind, label in (("gamma", "PAPO"), ("gated", "gated"))
+        }
+        for world in ("", "largest-")
+    }
+    ladders[""]["PAPO"] |= {0.02: "papo-g"}
+    both = lambda ladders: [
+        (title, when, "grpo", ladders) for title, when in (("over the run", "run"), ("at the end", "end"))
+    ]
+    plot_ladders(runs, out / "gamma.png", "gamma", both({"PAPO": ladders[""]["PAPO"]}))
+    plot_ladders(runs, out / "gated.png", "gamma", both(ladders[""]))
+    relative = {
+        world: {
+            label: {gamma / (BEST if label == "PAPO" else BEST_GATED): arm for gamma, arm in ladder.items()}
+            for label, ladder in by_label.items()
+        }
+        for world, by_label in ladders.items()
+    }
+    worlds = [("sum of the digits", "", "grpo"), ("largest of the digits", "largest-", "largest-grpo")]
+    panels = [(f"at the end\n{name}", "end", base, relative[world]) for name, world, base in worlds]
+    plot_ladders(runs, out / "margin.png", "gamma / its best value in the first world", panels)
+    long = {
+        "long-grpo": "GRPO",
+        f"long-gamma-{BEST:g}": f"PAPO, gamma {BEST:g}",
+        f"long-gated-{BEST_GATED:g}": f"gated, gamma {BEST_GATED:g}",
+    }
+    plot_curves(runs, out / "long.png", [(long, accuracy)])
     grads = {"detached": "", "entropy": "", "full": ", full gradient"}
     rescues = {
         f"rescue-{name}-{grad}-{estimate}": f"{name}, {estimate}{grads[grad]}"

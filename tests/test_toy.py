@@ -127,16 +127,60 @@ def test_error_type(kind, response):
 
 def test_error_type_of_one_digit():
     row = {"digits": [7], "answer": "7", "task": "sum"}
-    assert toy.error_type(toy._trace([7]), row) is None
-    assert toy.error_type(toy._trace([1]), row) == "perception"
+    assert toy.error_type(toy._trace([7], "sum"), row) is None
+    assert toy.error_type(toy._trace([1], "sum"), row) == "perception"
     assert toy.error_type("<think> I see 7. </think> \\boxed{1}", row) == "inconsistency"
 
 
-def test_a_true_trace_of_every_row_is_right_and_perceived():
-    for row in toy.toy_dataset("test", 30, digits=5):
-        assert toy.error_type(toy._trace(row["digits"]), row) is None and toy.perceived(
-            toy._trace(row["digits"]), row
-        )
+@pytest.mark.parametrize(
+    "kind, response",
+    [
+        (None, "<think> I see 3 0 9 4. max(3, 0) = 3, max(3, 9) = 9, max(9, 4) = 9. </think> \\boxed{9}"),
+        (
+            None,
+            "<think> I see 9 9 1 1. max(9, 9) = 9, max(9, 1) = 9, max(9, 1) = 9. </think> \\boxed{9}",
+        ),  # luck
+        (
+            "perception",
+            "<think> I see 3 0 7 4. max(3, 0) = 3, max(3, 7) = 7, max(7, 4) = 7. </think> \\boxed{7}",
+        ),
+        ("reasoning", "<think> I see 3 0 9 4. max(3, 0) = 3, max(3, 4) = 4. </think> \\boxed{4}"),
+        (
+            "calculation",
+            "<think> I see 3 0 9 4. max(3, 0) = 3, max(3, 9) = 3, max(3, 4) = 4. </think> \\boxed{4}",
+        ),
+        (
+            "inconsistency",
+            "<think> I see 3 0 9 4. max(3, 0) = 3, max(3, 9) = 9, max(9, 4) = 9. </think> \\boxed{4}",
+        ),
+        ("unreadable", "<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 12 + 4 = 16. </think> \\boxed{16}"),
+    ],
+)
+def test_error_type_of_the_largest(kind, response):
+    assert toy.error_type(response, {"digits": [3, 0, 9, 4], "answer": "9", "task": "largest"}) == kind
+
+
+@pytest.mark.parametrize("task, answer", [("sum", sum), ("largest", max)])
+def test_a_true_trace_of_every_row_is_right_and_perceived(task, answer):
+    for row in toy.toy_dataset("test", 30, digits=5, task=task):
+        trace = toy._trace(row["digits"], task)
+        assert row["answer"] == str(answer(row["digits"]))
+        assert toy.error_type(trace, row) is None and toy.perceived(trace, row)
+
+
+def test_the_tasks_ask_about_the_same_pictures():
+    for one, other in zip(toy.toy_dataset("train", 9), toy.toy_dataset("train", 9, task="largest")):
+        assert one["images"][0].tobytes() == other["images"][0].tobytes() and one["digits"] == other["digits"]
+        assert one["problem"] != other["problem"]
+
+
+def test_an_unknown_task_is_refused(tmp_path):
+    for call in (
+        lambda: toy.toy_dataset("train", 1, task="product"),
+        lambda: toy.warm_start(task="", cache_dir=tmp_path),
+    ):
+        with pytest.raises(ValueError, match="task is one of sum, largest"):
+            call()
 
 
 # --- processor and model ---------------------------------------------------------------------------------------------
@@ -144,7 +188,11 @@ def test_a_true_trace_of_every_row_is_right_and_perceived():
 
 def test_digits_are_single_tokens_and_text_survives(processor):
     tokenizer = processor.tokenizer
-    for text in ("12 + 304 = 316", toy._trace([3, 0, 9, 4]), "Schöne neue \\frac{1}{2} Welt \U0001f600\n"):
+    for text in (
+        "12 + 304 = 316",
+        toy._trace([3, 0, 9, 4], "sum"),
+        "Schöne neue \\frac{1}{2} Welt \U0001f600\n",
+    ):
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
         pieces = [tokenizer.decode([token]) for token in ids]
@@ -208,7 +256,7 @@ def test_only_the_response_is_learned_and_its_end_too(processor):
     inputs, targets = toy._make_batch(processor, pool, labels, 4, 0.0, SHORT, np.random.default_rng(0))
     for ids, wanted in zip(inputs["input_ids"], targets, strict=True):
         response = wanted[wanted != -100]
-        assert toy.TRACE.fullmatch(processor.tokenizer.decode(response[:-1]))
+        assert toy._patterns("sum")[0].fullmatch(processor.tokenizer.decode(response[:-1]))
         assert response[-1] == processor.tokenizer.eos_token_id
         assert (ids == processor.image_token_id).sum() == 4
         assert torch.equal(ids[wanted != -100], response)
@@ -257,7 +305,11 @@ def test_phase_two_invents_the_unstated_digits_only(processor):
     for ids, wanted in zip(inputs["input_ids"], targets):
         text = processor.tokenizer.decode(ids[wanted == -100])
         places = text.split("The digits are ")[1].split(".")[0].split(" ")
-        said = toy.TRACE.fullmatch(processor.tokenizer.decode(wanted[wanted != -100][:-1]))[1].split(" ")
+        said = (
+            toy._patterns("sum")[0]
+            .fullmatch(processor.tokenizer.decode(wanted[wanted != -100][:-1]))[1]
+            .split(" ")
+        )
         assert all(place in ("_", digit) for place, digit in zip(places, said, strict=True))
 
 
@@ -385,5 +437,5 @@ def test_the_policy_adds_and_copies_but_guesses_what_it_should_see(warm_start):
     prompts = [encode_prompt(processor, row["problem"], row["images"][0]) for row in high]
     greedy = sample_groups(model, processor, prompts, 1, 60, temperature=0)
     texts = [processor.tokenizer.decode(group[0], skip_special_tokens=True) for group in greedy]
-    said = [[int(digit) for digit in toy.TRACE.fullmatch(text)[1].split()] for text in texts]
+    said = [[int(digit) for digit in toy._patterns("sum")[0].fullmatch(text)[1].split()] for text in texts]
     assert np.mean(np.array(said) == np.array([row["digits"] for row in high])) > 0.85
