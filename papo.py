@@ -18,9 +18,18 @@ What is maximised (paper Eq. 2), per response token:
     + gamma KL[pi || pi_mask]                   perception KL
     - eta1  H[pi]  -  eta2 H[pi_mask]           double entropy
 
+r = pi_theta / pi_old, where pi_old sampled the response; A is the response's advantage; pi_ref is the policy
+before training; pi_mask is pi_theta looking at the masked image. KL and H are of the next token's
+distribution. The perception KL can be hacked, as [1] calls it: at a large gamma the policy raises it with
+unrelated tokens and forgets the answer. The double entropy keeps both distributions sure, which works against
+that, up to a point.
+
 THE WAY OF THE DATA, which is the order of the sections below
     question, image, answer -> encode_prompt -> sample_groups -> compute_reward -> group_advantages
                             -> mask_patches  -> mask_prompt   -> group_logps x 2..4 -> papo_loss -> papo_step
+    roll_out goes as far as mask_prompt. score_constants runs group_logps for the old and the reference
+    policy, where they are needed. papo_step runs it for the trained policy and its masked view, calls
+    papo_loss, and updates.
 
 GLOSSARY (shapes: B responses, G group, T longest response, P prompt length, L row length, V vocabulary,
 H hidden width; N: all response tokens of a group, one after the other)
@@ -40,6 +49,10 @@ H hidden width; N: all response tokens of a group, one after the other)
     group_size          G                 int      responses per question
 
 WORDS
+    VLM           a language model that sees: a vision tower turns each patch of the image (14 x 14 pixels)
+                  into a vector, 2 x 2 of these are merged into one visual token, and the language model reads
+                  the visual tokens where the prompt says <|image_pad|>
+    processor     a VLM's tokenizer, chat template and preparation of images in one
     GRPO          policy gradient whose baseline is the mean reward of the question's own group [3]
     DAPO          GRPO with one average over all tokens, a higher upper clip, and no group that is all right
                   or all wrong [4]
@@ -51,6 +64,7 @@ WORDS
                   further token costs one position, not a whole row
     M-RoPE        Qwen-VL's rotary positions: three numbers a token (time, height, width), so that an image
                   patch knows its row and column; for text all three are the same [6]
+    LoRA          training small matrices beside frozen weights, an adapter that can be switched off
 
 WHAT CARRIES GRADIENT (masked_grad, see papo_loss)
     masked_grad   KL through pi   KL through pi_mask         H[pi]   H[pi_mask]
@@ -68,7 +82,8 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
      4. Entropies are exact sums over the vocabulary. [2] uses -log pi of the sampled tokens (here
         entropy=None): on-policy, its expected gradient is zero for every token given its prefix. Averaged
         with 1/|o|, a pull towards shorter responses is left, since a token's weight depends on the tokens
-        after it. [1] prints log pi without the minus.
+        after it. The sampled H[pi_mask] estimates the cross-entropy of pi and pi_mask: lowering it
+        pulls them together, against gamma. [1] prints log pi without the minus.
      5. The perception KL treats pi_mask as a constant, as [2]. "full" is Eq. 2 of [1] to the letter, and
         easier to hack: the network can raise the KL by answering nonsense to masked images.
      6. aggregation="sequence" (mean of per-response means) is Eq. 2 and GRPO; "token" is Eq. 3 and DAPO, and
@@ -81,8 +96,8 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
      9. The reward is 0.9 accuracy + 0.1 format as in [2]; [1] says exact match. The accuracy check accepts
         more equal answers.
     10. The policy loss has the dual clip of [2] (for A < 0 at most c times |A|), which [1] leaves out.
-    11. Vision tokens are never sampled: in a response they would be taken for image positions. Scores keep
-        the full vocabulary.
+    11. Vision tokens are never sampled: in a response they would be taken for image positions. Scoring leaves
+        them in the distribution.
     12. A whole group is scored as one row (see group_row): the same numbers, for a fraction of the cost
         wherever the prompt is longer than the responses.
     13. gated=True is ours, in neither: it pays the perception KL only where it cannot work against the reward
@@ -122,8 +137,8 @@ def option(default, help):
 
 
 class Settled(str):
-    """A masked_grad that nobody gave: it follows eta2, also when dataclasses.replace makes a config with
-    another eta2."""
+    """The masked_grad of a config that was made without one. dataclasses.replace(config, eta2=...) hands it
+    on like any field; by this type the new config knows that nobody chose it, and settles it anew."""
 
 
 @dataclass
@@ -217,16 +232,11 @@ class PAPOConfig:
             "group_size": (2, 1e6),
             "max_redraws": (0, 1e6),
             "prompts_per_batch": (self.updates_per_batch, 1e6),
-            **dict.fromkeys(
-                (
-                    "patch_size",
-                    "max_new_tokens",
-                    "prompts_per_sample",
-                    "updates_per_batch",
-                    "tokens_per_forward",
-                ),
-                (1, 1e9),
-            ),
+            "patch_size": (1, 1e9),
+            "max_new_tokens": (1, 1e9),
+            "prompts_per_sample": (1, 1e9),
+            "updates_per_batch": (1, 1e9),
+            "tokens_per_forward": (1, 1e9),
         }
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
@@ -282,8 +292,9 @@ PROMPT_SUFFIX = " First think inside <think> </think>, then put the final answer
 
 
 def fit_image(processor, image):
-    """Resize an image to what the vision tower will see: both sides multiples of patch x merge, the area
-    between the processor's smallest and largest where both can be had. A second call changes nothing.
+    """Resize an image to what the vision tower will see: nearly its shape, both sides multiples of patch x
+    merge, an area within the processor's bounds, or near them where these leave no such size. A second call
+    changes nothing.
 
     image: PIL, or a path, URL or data URL. Returns a new RGB image.
     Raises ValueError for an image more than 200 times longer than wide."""
@@ -291,10 +302,13 @@ def fit_image(processor, image):
     settings = processor.image_processor
     unit = settings.patch_size * settings.merge_size
     bounds = settings.size["shortest_edge"], settings.size["longest_edge"]
-    # The usual rule is applied until it changes nothing. With bounds too near to each other two sizes lead to
-    # one another (one is too small, the other too large): then the smaller.
+    # smart_resize is the processor's own rule. It is applied until it changes nothing. Where no size fits
+    # between the bounds, two sizes lead to one another, one too small and one too large: then the smaller.
     sizes = [(image.height, image.width)]
-    while (following := tuple(max(unit, x) for x in smart_resize(*sizes[-1], unit, *bounds))) not in sizes:
+    while True:
+        following = tuple(max(unit, side) for side in smart_resize(*sizes[-1], unit, *bounds))  # no side of 0
+        if following in sizes:
+            break
         sizes.append(following)
     height, width = min(sizes[sizes.index(following) :])
     return image.resize((width, height))
@@ -335,7 +349,7 @@ def vision_token_ids(model) -> list[int]:
 def mask_prompt(processor, prompt, masked_image) -> Prompt:
     """The prompt with a masked image in place of its own, of the same size: the same ids, other pixels."""
     masked = processor.image_processor(images=[masked_image], do_resize=False, return_tensors="pt")
-    kept = {name: x for name, x in prompt.items() if name != "features"}
+    kept = {name: x for name, x in prompt.items() if name != "features"}  # those are of the whole image
     return {**kept, "pixel_values": masked["pixel_values"]}
 
 
@@ -356,10 +370,8 @@ def image_inputs(prompts: list[Prompt], device) -> dict:
     after the other."""
     grids = torch.cat([prompt["image_grid_thw"] for prompt in prompts]).to(device)  # (n, 3)
     if "features" not in prompts[0]:
-        patches = torch.cat(
-            [prompt["pixel_values"] for prompt in prompts]
-        )  # (patches, channels x time x patch^2)
-        return {"image_grid_thw": grids, "pixel_values": patches.to(device)}
+        pixels = torch.cat([prompt["pixel_values"] for prompt in prompts])  # (patches, values of one)
+        return {"image_grid_thw": grids, "pixel_values": pixels.to(device)}
     features = [prompt["features"] for prompt in prompts]
     joined = type(features[0])(pooler_output=[x.to(device) for f in features for x in f.pooler_output])
     if getattr(features[0], "deepstack_features", None):
@@ -369,10 +381,16 @@ def image_inputs(prompts: list[Prompt], device) -> dict:
 
 
 def rope_positions(model, input_ids, images, attention_mask=None):
-    """M-RoPE positions (3, B, P) of prompts: one row each for time, height and width.
+    """M-RoPE positions (3, B, P) of prompts: one row each for time, height and width, so that a visual token
+    is as near to the one below it as to the one on its right. Two tokens of text, an image of 2 x 3 visual
+    tokens, two of text:
 
-    They are always passed to the model. A model that is given none falls back to plain text positions, in
-    which an image is one long line, or to those it remembers from an earlier call."""
+        time      0  1  2  2  2  2  2  2  5  6
+        height    0  1  2  2  2  3  3  3  5  6
+        width     0  1  2  3  4  2  3  4  5  6
+
+    The positions are always passed to the model. A model that is given none falls back to plain text
+    positions, in which an image is one long line, or to those it remembers from an earlier call."""
     is_image = (input_ids == model.config.image_token_id).int()  # (B, P) 1 on image positions
     positions, _ = model.model.get_rope_index(
         input_ids,
@@ -389,7 +407,8 @@ def rope_positions(model, input_ids, images, attention_mask=None):
 
 
 def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
-    """Black out each cell of a patch_size x patch_size grid with probability `ratio`, independently.
+    """Black out each cell of a patch_size x patch_size grid with probability `ratio`, independently. Of the
+    ratios [1] finds 0.6 to 0.8 best; wholly black images make the training collapse sooner.
 
     image: PIL, not changed; best after fit_image, so that cells are the vision tower's patches. A cell cut by
     the right or lower edge counts as a cell. Returns a new RGB image of the same size. Raises ValueError for
@@ -400,9 +419,9 @@ def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     columns, rows = math.ceil(image.width / patch_size), math.ceil(image.height / patch_size)
     black = torch.rand(rows, columns, generator=generator) < ratio  # (rows, columns) bool
-    stencil = Image.fromarray(black.byte().mul(255).numpy()).resize(
-        (columns * patch_size, rows * patch_size), Image.NEAREST
-    )
+    # One pixel per cell, 255 where black goes, is blown up to whole cells.
+    stencil = Image.fromarray(black.byte().mul(255).numpy())
+    stencil = stencil.resize((columns * patch_size, rows * patch_size), Image.NEAREST)
     masked = image.convert("RGB")  # a copy, also of an RGB image
     masked.paste((0, 0, 0), mask=stencil.crop((0, 0, *image.size)))
     return masked
@@ -421,22 +440,19 @@ def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
     if top_p < 1:
         ranked, order = probs.sort(-1, descending=True)  # (B, V), (B, V)
         outside = ranked.cumsum(-1) - ranked >= top_p  # (B, V) the mass before this token is enough already
-        probs = torch.zeros_like(probs).scatter(
-            -1, order, ranked.masked_fill(outside, 0)
-        )  # (B, V), sums to <= 1
-    # Where a uniform number falls among the summed probabilities: one number a row, where torch.multinomial
-    # draws V. In float64, since fp32 sums over 150,000 tokens would blur the unlikely ones. A token of
-    # probability 0 is never met.
+        kept = ranked.masked_fill(outside, 0)  # (B, V)
+        probs = torch.zeros_like(probs).scatter(-1, order, kept)  # (B, V) in the vocabulary's order, sum <= 1
+    # The token is where a uniform number in [0, 1) falls among the summed probabilities: one number a row,
+    # where torch.multinomial draws V. In float64, since fp32 sums over 150,000 tokens would blur the unlikely
+    # ones. A token of probability 0 is never met.
     summed = probs.cumsum(-1, dtype=torch.float64)  # (B, V)
-    place = torch.rand(
-        len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator
-    )  # (B, 1) in [0, 1)
+    place = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)  # (B, 1)
     return torch.searchsorted(summed, place * summed[:, -1:], right=True)[:, 0]  # (B,)
 
 
 def attention_bias(visible, dtype):
-    """A boolean mask as numbers to add to the attention scores: eager attention would add a boolean one as 0
-    and 1."""
+    """A boolean mask as numbers of the same shape to add to the attention scores: 0 where `visible`, else the
+    smallest there is. (Eager attention would add the boolean mask itself, as 0 and 1.)"""
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
@@ -444,21 +460,20 @@ class RoomyLayer(DynamicLayer):
     """One layer of a KV cache that writes a new token in place; transformers' own copies all that is there to
     append one.
 
-    filled: the layer after the prefill of n prompts. Each prompt's keys and values are repeated group_size
-    times."""
+    filled: the layer after the prefill of n prompts. What repeats is the prompt: its keys and values,
+    computed once, are copied for each of its G responses: rows 0 to G - 1 continue the first prompt."""
 
     def __init__(self, filled, group_size):
         super().__init__()
         self.is_initialized = True
         self.length = filled.get_seq_length()  # tokens written; the room behind them is not initialised
-        self.keys, self.values = (x.repeat_interleave(group_size, 0) for x in (filled.keys, filled.values))
+        self.keys = filled.keys.repeat_interleave(group_size, 0)  # (n, heads, P, d) -> (B, heads, P, d)
+        self.values = filled.values.repeat_interleave(group_size, 0)  # the same; d: width of a head
 
     def update(self, key_states, value_states, *args, **kwargs):
         start, self.length = self.length, self.length + key_states.shape[2]
         if self.length > self.keys.shape[2]:  # room for the next 64 tokens, so that copying is rare
-            grow = lambda x: torch.cat(
-                [x, x.new_empty(*x.shape[:2], 64, x.shape[3])], dim=2
-            )  # (B, heads, L, d)
+            grow = lambda x: torch.cat([x, x.new_empty(*x.shape[:2], 64, x.shape[3])], 2)  # (B, heads, L, d)
             self.keys, self.values = grow(self.keys), grow(self.values)
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
@@ -470,7 +485,7 @@ class RoomyLayer(DynamicLayer):
 
 def end_tokens(model, processor) -> list[int]:
     """Ids that end a response: the tokenizer's, and those of the model's generation_config that are special
-    tokens. Qwen2.5-VL lists <|im_end|> and <|endoftext|> there."""
+    tokens, for an ordinary one would end them midway. Qwen2.5-VL lists <|im_end|> and <|endoftext|>."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
     special = processor.tokenizer.all_special_ids
@@ -493,13 +508,11 @@ def sample_groups(
         raise ValueError("no prompts to sample from")
     device, training = model.device, model.training
     model.eval()  # under train() a gradient-checkpointed layer would drop its KV cache
-    # Left padding, so that every prompt ends where its responses begin: pad on the right what is reversed,
-    # and reverse.
-    reversed_ids = [prompt["input_ids"][0].flip(0) for prompt in prompts]  # n x (P,)
-    pad = processor.tokenizer.pad_token_id or 0  # whichever: nothing sees it
-    input_ids = pad_sequence(reversed_ids, batch_first=True, padding_value=pad).flip(1).to(device)  # (n, P)
-    seen = [torch.ones_like(ids) for ids in reversed_ids]  # n x (P,)
-    seen = pad_sequence(seen, batch_first=True).flip(1).to(device)  # (n, P) 1 = not padding
+    # Padding goes on the left, so that every prompt ends where its responses begin.
+    pad_left = lambda rows, value: pad_sequence(rows, True, value, padding_side="left").to(device)  # (n, P)
+    ids = [prompt["input_ids"][0] for prompt in prompts]  # n x (P,)
+    input_ids = pad_left(ids, processor.tokenizer.pad_token_id or 0)  # (n, P) whichever: nothing sees it
+    seen = pad_left([torch.ones_like(row) for row in ids], 0)  # (n, P) 1 = not padding
     images = image_inputs(prompts, device)
     positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
     out = model(
@@ -516,14 +529,11 @@ def sample_groups(
     cache.layers = [RoomyLayer(layer, group_size) for layer in cache.layers]
     logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (B, V)
     position = positions.amax(dim=(0, 2)).repeat_interleave(group_size)  # (B,) of the last prompt token
-    seen = F.pad(
-        seen.repeat_interleave(group_size, 0), (0, max_new_tokens), value=1
-    )  # (B, P + max_new_tokens)
+    seen = seen.repeat_interleave(group_size, 0)  # (B, P)
+    seen = F.pad(seen, (0, max_new_tokens), value=1)  # (B, P + max_new_tokens)
     bias = attention_bias(seen[:, None, None].bool(), model.dtype)  # (B, 1, 1, P + max_new_tokens)
     rows = torch.arange(len(bias), device=device)  # (B,) whose responses these are
-    tokens = torch.full(
-        (len(bias), max_new_tokens), -1, device=device
-    )  # (n * G, max_new_tokens) -1: not drawn
+    tokens = torch.full((len(bias), max_new_tokens), -1, device=device)  # (n * G, max_new_tokens), -1: none
     ends = torch.tensor(end_tokens(model, processor), device=device)
     never = torch.tensor(vision_token_ids(model), device=device)  # (4,)
     done = torch.zeros_like(rows, dtype=torch.bool)  # (B,)
@@ -534,9 +544,8 @@ def sample_groups(
         done |= torch.isin(token, ends)
         if done.all() or t + 1 == max_new_tokens:
             break
-        if (
-            done.sum() >= len(done) / 4
-        ):  # drop the ended rows once they are a quarter: each time copies the cache
+        # Drop the ended rows once they are a quarter: each time copies the cache.
+        if done.sum() >= len(done) / 4:
             going = (~done).nonzero()[:, 0]  # (B',)
             rows, token, position, bias, done = (x[going] for x in (rows, token, position, bias, done))
             cache.batch_select_indices(going)
@@ -617,8 +626,8 @@ NAME = re.compile(r"(?!\d)[\w∠△ '\\{}()]+=")
 # What math-verify can read. EXPRESSION fits 2\sqrt{3}  (x+1)^2  y=3!  two words; not \times3  1,2  两个
 EXPRESSION = re.compile(r"(?![*/^!]|\\times|\\cdot)(?:\\[a-zA-Z\\]|[\w .+\-*/^(){}|!&=°±∞])+", re.A)
 # The child's program: a fresh interpreter, which without torch is ready in a second. It answers each
-# [seconds, pairs] twice, when it begins and when it knows. The watchdog is a thread in C: it ends the child in
-# the middle of 9^{9^{9}}, and also when the parent is gone.
+# [seconds, pairs] twice, when it begins and when it knows. The watchdog is a thread in C: it ends the child
+# in the middle of 9^{9^{9}}, and also when the parent is gone.
 GRADING_PROCESS = r"""
 import faulthandler, json, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
@@ -781,8 +790,8 @@ def same_answer(given: str, expected: str) -> bool:
         same = pair[0] == pair[1] or same_by_rule(*pair)
         if same:
             continue
-        # math-verify is asked only about expressions in the same symbols: prose has others. One of the two may
-        # leave out a unit behind a digit, a bracket or \pi: 2\sqrt{3} cm is 2\sqrt{3}.
+        # math-verify is asked only about expressions in the same symbols: prose has others. One of the two
+        # may leave out a unit behind a digit, a bracket or \pi: 2\sqrt{3} cm is 2\sqrt{3}.
         bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
         candidates = [pair, (bare[0], pair[1]), (pair[0], bare[1])]
         alike = [c for c in candidates if symbols(c[0]) == symbols(c[1]) is not None]
@@ -854,7 +863,7 @@ def token_logps(hidden, targets, head, temperature=1.0, with_entropy=False):
     of a 151,936-word vocabulary."""
 
     def chunk_logps(hidden, targets):
-        logits = head(hidden).float() / temperature  # (N, V)
+        logits = head(hidden).float() / temperature  # (N, V), here N: positions of the chunk
         log_total = logits.logsumexp(-1)  # (N,)
         logps = logits.gather(-1, targets[:, None])[:, 0] - log_total  # (N,)
         if not with_entropy:
@@ -864,8 +873,8 @@ def token_logps(hidden, targets, head, temperature=1.0, with_entropy=False):
 
     chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
     parts = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks]
-    logps, *entropy = map(torch.cat, zip(*parts))
-    return logps, entropy[0] if with_entropy else None
+    logps = torch.cat([part[0] for part in parts])  # (N,)
+    return logps, torch.cat([part[1] for part in parts]) if with_entropy else None  # (N,), (N,)
 
 
 def group_row(model, prompt, responses):
@@ -893,9 +902,8 @@ def group_row(model, prompt, responses):
     P, lengths = prompt["input_ids"].shape[1], [len(o) for o in responses]
     row = torch.cat([prompt["input_ids"][0], *responses])[None].to(device)  # (1, L)
     images = image_inputs([prompt], device)
-    owner = torch.repeat_interleave(torch.tensor([P, *lengths])).to(
-        device
-    )  # (L,) 0: the prompt, i: response o_i
+    owner = torch.repeat_interleave(torch.tensor([P, *lengths]))  # (L,) 0: the prompt, i: response o_i
+    owner = owner.to(device)
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own response, or prompt
     visible = visible.tril()[None, None]  # (1, 1, L, L) and never the future
     place = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) in its own response, from 0
@@ -949,9 +957,10 @@ def policy_ratio(logps, old_logps):
 def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_dual):
     """- min(r A, clip(r, 1 - eps_l, 1 + eps_h) A), and for A < 0 at most c |A|.    ([1] Eq. 2, [2])
 
-    logps, old_logps (B, T), advantages (B,) -> (B, T), to minimise. The first clip stops paying for a good
-    response once it is 1 + eps_h times likelier, the second keeps a bad response that has become far likelier
-    from dominating. A good token at r = 1.4 (earns 1.3 A, not 1.4 A), a bad one at r = 0.5 (0.8, not 0.5):
+    logps, old_logps (B, T), advantages (B,) -> (B, T), to minimise. Where the clip acts there is no gradient:
+    a good response's token is pushed until it is 1 + eps_h times as likely, a bad one's until it is 1 - eps_l
+    times as likely. The bound of c keeps a bad token that has become far likelier from dominating. A good
+    token at r = 1.4 (earns 1.3 A, not 1.4 A) and a bad one at r = 0.5 (costs 0.8 |A|, not 0.5 |A|):
 
     >>> clipped_policy_loss(torch.tensor([[1.4], [0.5]]).log(), torch.zeros(2, 1), torch.tensor([2.0, -1.0]),
     ...                     clip_low=0.2, clip_high=0.3, clip_dual=3.0)
@@ -971,8 +980,9 @@ def kl_k3(logps, other_logps):
     from tokens drawn from pi.    ([2], after [5]; [1] prints 1/x, which is biased)
 
     (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x, at most 1. In expectation over tokens of pi,
-    given their prefix, that is the gradient of KL[pi_other || pi]: maximising k3 moves pi away from where the
-    other policy has mass. A token that the other policy likes half as much, and one it likes as much:
+    given their prefix, this yields the gradient of KL[pi_other || pi], the other direction: maximising k3
+    moves pi away from where the other policy has mass. A token that the other policy likes half as much, and
+    one it likes as much:
 
     >>> kl_k3(torch.zeros(1, 2), torch.tensor([[0.5, 1.0]]).log())
     tensor([[0.1931, 0.0000]])
@@ -987,8 +997,8 @@ def perception_gate(logps, masked_logps, advantages):
 
     logps, masked_logps (B, T), advantages (B,) -> (B, T) bool. k3's derivative, 1 - pi_mask/pi, pushes tokens
     both ways, in right and wrong responses alike. What passes the gate pushes only upwards, by less than
-    gamma, only tokens of a better response: no token moves against its advantage, whatever gamma is, and
-    equal rewards pay nothing."""
+    gamma, and only tokens of responses above their group's mean: no token moves against its advantage,
+    whatever gamma is, and equal rewards pay nothing."""
     check_shapes(logps=(logps, "B T"), masked_logps=(masked_logps, "B T"), advantages=(advantages, "B"))
     return (advantages[:, None] > 0) & (logps > masked_logps)  # (B, T)
 
@@ -1056,7 +1066,7 @@ def papo_loss(
     check_shapes(
         **{name: (x, "B T") for name, x in given.items() if x is not None}, advantages=(advantages, "B")
     )
-    pays = config.gamma and (not config.gated or (advantages > 0).any())
+    pays = config.gamma and (not config.gated or (advantages > 0).any())  # the perception KL, anywhere
     if masked_logps is None and (pays or config.eta2):
         raise ValueError("gamma or eta2 is not 0: papo_loss needs masked_logps")
     if ref_logps is None and config.beta:
@@ -1065,9 +1075,8 @@ def papo_loss(
 
     clips = config.clip_low, config.clip_high, config.clip_dual
     policy = clipped_policy_loss(logps, old_logps.detach(), advantages, *clips)  # (B, T)
-    terms = [
-        ("policy_loss", 1.0, mean(policy))
-    ]  # every term: its name, its weight in the loss, its mean over tokens
+    # Every term: its name, its weight in the loss, its mean over tokens.
+    terms = [("policy_loss", 1.0, mean(policy))]
     if ref_logps is not None:
         terms.append(("kl_ref", config.beta, mean(kl_k3(logps, ref_logps.detach()))))
     terms.append(("entropy", config.eta1, mean(-logps if entropy is None else entropy)))
@@ -1096,6 +1105,10 @@ def papo_loss(
 # ------------------------------------------------------------------------------------------------------------
 # 10. One step: rollouts, constants, update
 # ------------------------------------------------------------------------------------------------------------
+# A trainer's whole step:
+#     groups, redraws = roll_out(model, processor, config, rows, generator)
+#     score_constants(model, reference, config, groups)
+#     metrics = [papo_step(model, optimizer, config, update) for update in split_batch(config, groups)]
 
 
 @dataclass
@@ -1128,8 +1141,8 @@ def prepare(model, prompt) -> Prompt:
 def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
     """Encode, sample, reward, standardise: a Group per row, not yet masked. generator: on the model's device.
 
-    A row may bring its `prompt`, encoded when it was checked; it is taken out of the row, and its pixels with
-    it."""
+    A row may bring its `prompt`, encoded when it was checked. It is taken out of the row, so that its pixels
+    go once nothing else needs them."""
     encode = lambda row: row.pop("prompt", None) or encode_prompt(processor, row["problem"], row["images"][0])
     prompts = [prepare(model, encode(row)) for row in rows]
     sizes = config.group_size, config.max_new_tokens
@@ -1177,8 +1190,8 @@ def roll_out(model, processor, config, rows, generator):
 
 
 def split_group(config, prompt, responses) -> list[slice]:
-    """Cut a group into runs of responses, each with the prompt within tokens_per_forward, or a single
-    response.
+    """Cut a group's responses into runs, each of which fits into a row of tokens_per_forward together with
+    the prompt. A response too long for that is a run of its own.
 
     A prompt of 10 tokens and responses of 5, 4, 3 and 9, in rows of at most 20:
 
@@ -1206,9 +1219,8 @@ def score_constants(model, reference, config, groups):
 
     def score(model, group):
         parts = [group.responses[part] for part in split_group(config, group.prompt, group.responses)]
-        rows = [
-            row for part in parts for row in group_logps(model, group.prompt, part, config.temperature)[0]
-        ]  # G x (<= T,)
+        scored = [group_logps(model, group.prompt, part, config.temperature)[0] for part in parts]
+        rows = [row for logps in scored for row in logps]  # G x (<= T,)
         return pad_sequence(rows, batch_first=True)  # (G, T)
 
     model.eval()
@@ -1280,9 +1292,7 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
         response_mask=response_mask,
         entropy=scores[2] if exact else None,  # (G, T)
     )
-    partly = (
-        config.gated and not config.eta2
-    )  # a gated KL reads the paid responses alone, an entropy all of them
+    partly = config.gated and not config.eta2  # a gated KL reads the paid responses, an entropy all of them
     scored = advantages > 0 if partly else torch.ones_like(advantages, dtype=torch.bool)  # (G,)
     if group.masked_prompt is not None and scored.any():
         given |= masked_scores(model, config, group.masked_prompt, responses, scored, T)
