@@ -94,7 +94,7 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
      8. Log-ratios are clamped to +-20 and k3 to 10 as in [2]; [1] has no clamps. Beyond them the gradient is
         0.
      9. The reward is 0.9 accuracy + 0.1 format as in [2]; [1] says exact match. The accuracy check accepts
-        more equal answers.
+        more spellings of the same answer.
     10. The policy loss has the dual clip of [2] (for A < 0 at most c times |A|), which [1] leaves out.
     11. Vision tokens are never sampled: in a response they would be taken for image positions. Scoring leaves
         them in the distribution.
@@ -534,7 +534,7 @@ def sample_groups(
     bias = attention_bias(seen[:, None, None].bool(), model.dtype)  # (B, 1, 1, P + max_new_tokens)
     rows = torch.arange(len(bias), device=device)  # (B,) whose responses these are
     tokens = torch.full((len(bias), max_new_tokens), -1, device=device)  # (n * G, max_new_tokens), -1: none
-    ends = torch.tensor(end_tokens(model, processor), device=device)
+    ends = torch.tensor(end_tokens(model, processor), device=device)  # (end tokens,)
     never = torch.tensor(vision_token_ids(model), device=device)  # (4,)
     done = torch.zeros_like(rows, dtype=torch.bool)  # (B,)
     for t in range(max_new_tokens):
@@ -840,7 +840,7 @@ def group_advantages(rewards, eps=1e-6):
     >>> group_advantages([1.0] + [0.1] * 7)
     tensor([ 2.4749, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536])
     """
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)  # (..., G)
     if rewards.dim() == 0 or rewards.shape[-1] < 2:
         raise ValueError(f"rewards need a group dimension G >= 2, got shape {tuple(rewards.shape)}")
     spread = rewards.std(-1, keepdim=True)  # (..., 1)
@@ -939,7 +939,7 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
     logps, entropy = token_logps(hidden, targets, head, temperature, with_entropy)  # (N,), (N,) or None
     lengths = [len(o) for o in responses]
     pad = lambda flat: pad_sequence(flat.split(lengths), batch_first=True)  # (N,) -> (G, T)
-    scored = pad(logps), pad(torch.ones_like(logps))
+    scored = pad(logps), pad(torch.ones_like(logps))  # (G, T), (G, T)
     return (*scored, pad(entropy)) if with_entropy else scored
 
 
@@ -951,7 +951,7 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
 def policy_ratio(logps, old_logps):
     """r = pi_theta / pi_old of each token, (B, T), (B, T) -> (B, T); the log-ratio clamped to +-20 as in
     [2]."""
-    return (logps - old_logps).clamp(-20, 20).exp()
+    return (logps - old_logps).clamp(-20, 20).exp()  # (B, T)
 
 
 def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_dual):
@@ -1242,16 +1242,16 @@ def papo_step(model, optimizer, config, groups, objective=papo_loss):
     """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss, grad_norm,
     skipped (0 or 1).
 
-    objective: called as papo_loss is, all by keyword but the config. Your own may change what papo_loss gets,
-    for example `lambda config, advantages, rewards, **rest: papo_loss(config, advantages=advantages *
-    (rewards > 0.5), **rest)`.
+    objective: called as papo_loss is, all by keyword but the config, on the responses of one pass: a group or
+    a part of it. Your own may change what papo_loss gets, for example `lambda config, advantages, rewards,
+    **rest: papo_loss(config, advantages=advantages * (rewards > 0.5), **rest)`.
 
-    Each group is one forward pass (or several, see split_group) and one backward pass; gradients add up. A
-    part's mean is weighted by its share of the batch's average, so loss and gradient do not depend on the
-    split: of 10 responses split as 5, 3 and 2, the means count 5/10, 3/10 and 2/10 ("token": by their
-    tokens). After model.gradient_checkpointing_enable() the layers' activations are recomputed in backward
-    instead of kept. An update whose gradient is not finite is skipped: one bad batch must not destroy the
-    weights."""
+    Each group (or each part, see split_group) is one forward pass, one more with the masked image if the loss
+    needs it, and one backward pass; gradients add up. A part's mean is weighted by its share of the batch's
+    average, so loss and gradient do not depend on the split: of 10 responses split as 5, 3 and 2, the means
+    count 5/10, 3/10 and 2/10 ("token": by their tokens). After model.gradient_checkpointing_enable() the
+    layers' activations are recomputed in backward instead of kept. An update whose gradient is not finite is
+    skipped: one bad batch must not destroy the weights."""
     if not groups:
         raise ValueError("papo_step needs at least one group")
     model.train()
@@ -1312,6 +1312,6 @@ def masked_scores(model, config, masked_prompt, responses, scored, T):
 
     def spread(x):  # (scored, <= T) -> (G, T)
         whole = x.new_zeros(len(responses), T)  # (G, T)
-        return whole.masked_scatter(scored[:, None], F.pad(x, (0, T - x.shape[1])))
+        return whole.masked_scatter(scored[:, None], F.pad(x, (0, T - x.shape[1])))  # (G, T)
 
     return dict(masked_logps=spread(masked_logps), masked_entropy=spread(entropy[0]) if exact else None)
