@@ -59,11 +59,12 @@ WORDS
     on-policy     the responses come from the very policy that is being differentiated, so r = 1: a batch's
                   first update
     nat           unit of log-probabilities with the natural logarithm; 1 nat = a factor of 2.7
-    k1, k2, k3    Schulman's estimators of a KL from samples [5]
+    k1, k2, k3    Schulman's estimators of KL[pi || other] from samples of pi, with x = other/pi: -log x,
+                  (log x)^2 / 2, x - log x - 1 [5]
     prefill       the one pass over the prompt; its keys and values are kept in the KV cache, so that every
                   further token costs one position, not a whole row
-    M-RoPE        Qwen-VL's rotary positions: three numbers a token (time, height, width), so that an image
-                  patch knows its row and column; for text all three are the same [6]
+    M-RoPE        Qwen-VL's rotary positions: three numbers a token (time, height, width), so that a visual
+                  token knows its row and column; for text all three are the same [6]
     LoRA          training small matrices beside frozen weights, an adapter that can be switched off
 
 WHAT CARRIES GRADIENT (masked_grad, see papo_loss)
