@@ -489,10 +489,10 @@ def test_verdicts_are_remembered_and_time_outs_are_not(monkeypatch):
     asked = []
     ask = papo.same_by_algebra
     monkeypatch.setattr(papo, "same_by_algebra", lambda pairs: asked.append(pairs) or ask(pairs))
-    monkeypatch.setattr(papo, "GRADE_TIMEOUT", SHORT)
     for _ in range(3):
         assert accuracy("2x", "x+x") == 1.0 and accuracy("3x", "x+x") == 0.0
     assert len(asked) == 2
+    monkeypatch.setattr(papo, "GRADE_TIMEOUT", SHORT)
     for _ in range(2):
         assert accuracy("9^{9^{9}}", "5") == 0.0
     assert len(asked) == 4
