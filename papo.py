@@ -18,9 +18,18 @@ What is maximised (paper Eq. 2), per response token:
     + gamma KL[pi || pi_mask]                   perception KL
     - eta1  H[pi]  -  eta2 H[pi_mask]           double entropy
 
+r = pi_theta / pi_old, where pi_old sampled the response; A is the response's advantage; pi_ref is the policy
+before training; pi_mask is pi_theta looking at the masked image. KL and H are of the next token's
+distribution. The perception KL can be hacked, as [1] calls it: at a large gamma the policy raises it with
+unrelated tokens and forgets the answer. The double entropy keeps both distributions sure, which works against
+that, up to a point.
+
 THE WAY OF THE DATA, which is the order of the sections below
     question, image, answer -> encode_prompt -> sample_groups -> compute_reward -> group_advantages
                             -> mask_patches  -> mask_prompt   -> group_logps x 2..4 -> papo_loss -> papo_step
+    roll_out goes as far as mask_prompt. score_constants runs group_logps for the old and the reference
+    policy, where they are needed. papo_step runs it for the trained policy and its masked view, calls
+    papo_loss, and updates.
 
 GLOSSARY (shapes: B responses, G group, T longest response, P prompt length, L row length, V vocabulary,
 H hidden width; N: all response tokens of a group, one after the other)
@@ -40,17 +49,23 @@ H hidden width; N: all response tokens of a group, one after the other)
     group_size          G                 int      responses per question
 
 WORDS
+    VLM           a language model that sees: a vision tower turns each patch of the image (14 x 14 pixels)
+                  into a vector, 2 x 2 of these are merged into one visual token, and the language model reads
+                  the visual tokens where the prompt says <|image_pad|>
+    processor     a VLM's tokenizer, chat template and preparation of images in one
     GRPO          policy gradient whose baseline is the mean reward of the question's own group [3]
     DAPO          GRPO with one average over all tokens, a higher upper clip, and no group that is all right
                   or all wrong [4]
     on-policy     the responses come from the very policy that is being differentiated, so r = 1: a batch's
                   first update
     nat           unit of log-probabilities with the natural logarithm; 1 nat = a factor of 2.7
-    k1, k2, k3    Schulman's estimators of a KL from samples [5]
+    k1, k2, k3    Schulman's estimators of KL[pi || other] from samples of pi, with x = other/pi: -log x,
+                  (log x)^2 / 2, x - log x - 1 [5]
     prefill       the one pass over the prompt; its keys and values are kept in the KV cache, so that every
                   further token costs one position, not a whole row
-    M-RoPE        Qwen-VL's rotary positions: three numbers a token (time, height, width), so that an image
-                  patch knows its row and column; for text all three are the same [6]
+    M-RoPE        Qwen-VL's rotary positions: three numbers a token (time, height, width), so that a visual
+                  token knows its row and column; for text all three are the same [6]
+    LoRA          training small matrices beside frozen weights, an adapter that can be switched off
 
 WHAT CARRIES GRADIENT (masked_grad, see papo_loss)
     masked_grad   KL through pi   KL through pi_mask         H[pi]   H[pi_mask]
@@ -68,7 +83,8 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
      4. Entropies are exact sums over the vocabulary. [2] uses -log pi of the sampled tokens (here
         entropy=None): on-policy, its expected gradient is zero for every token given its prefix. Averaged
         with 1/|o|, a pull towards shorter responses is left, since a token's weight depends on the tokens
-        after it. [1] prints log pi without the minus.
+        after it. The sampled H[pi_mask] estimates the cross-entropy of pi and pi_mask: lowering it
+        pulls them together, against gamma. [1] prints log pi without the minus.
      5. The perception KL treats pi_mask as a constant, as [2]. "full" is Eq. 2 of [1] to the letter, and
         easier to hack: the network can raise the KL by answering nonsense to masked images.
      6. aggregation="sequence" (mean of per-response means) is Eq. 2 and GRPO; "token" is Eq. 3 and DAPO, and
@@ -79,10 +95,10 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
      8. Log-ratios are clamped to +-20 and k3 to 10 as in [2]; [1] has no clamps. Beyond them the gradient is
         0.
      9. The reward is 0.9 accuracy + 0.1 format as in [2]; [1] says exact match. The accuracy check accepts
-        more equal answers.
+        more spellings of the same answer.
     10. The policy loss has the dual clip of [2] (for A < 0 at most c times |A|), which [1] leaves out.
-    11. Vision tokens are never sampled: in a response they would be taken for image positions. Scores keep
-        the full vocabulary.
+    11. Vision tokens are never sampled: in a response they would be taken for image positions. Scoring leaves
+        them in the distribution.
     12. A whole group is scored as one row (see group_row): the same numbers, for a fraction of the cost
         wherever the prompt is longer than the responses.
     13. gated=True is ours, in neither: it pays the perception KL only where it cannot work against the reward
@@ -122,8 +138,8 @@ def option(default, help):
 
 
 class Settled(str):
-    """A masked_grad that nobody gave: it follows eta2, also when dataclasses.replace makes a config with
-    another eta2."""
+    """The masked_grad of a config that was made without one. dataclasses.replace(config, eta2=...) hands it
+    on like any field; by this type the new config knows that nobody chose it, and settles it anew."""
 
 
 @dataclass
@@ -217,16 +233,11 @@ class PAPOConfig:
             "group_size": (2, 1e6),
             "max_redraws": (0, 1e6),
             "prompts_per_batch": (self.updates_per_batch, 1e6),
-            **dict.fromkeys(
-                (
-                    "patch_size",
-                    "max_new_tokens",
-                    "prompts_per_sample",
-                    "updates_per_batch",
-                    "tokens_per_forward",
-                ),
-                (1, 1e9),
-            ),
+            "patch_size": (1, 1e9),
+            "max_new_tokens": (1, 1e9),
+            "prompts_per_sample": (1, 1e9),
+            "updates_per_batch": (1, 1e9),
+            "tokens_per_forward": (1, 1e9),
         }
         for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
@@ -282,8 +293,9 @@ PROMPT_SUFFIX = " First think inside <think> </think>, then put the final answer
 
 
 def fit_image(processor, image):
-    """Resize an image to what the vision tower will see: both sides multiples of patch x merge, the area
-    between the processor's smallest and largest where both can be had. A second call changes nothing.
+    """Resize an image to what the vision tower will see: nearly its shape, both sides multiples of patch x
+    merge, an area within the processor's bounds, or near them where these leave no such size. A second call
+    changes nothing.
 
     image: PIL, or a path, URL or data URL. Returns a new RGB image.
     Raises ValueError for an image more than 200 times longer than wide."""
@@ -291,10 +303,13 @@ def fit_image(processor, image):
     settings = processor.image_processor
     unit = settings.patch_size * settings.merge_size
     bounds = settings.size["shortest_edge"], settings.size["longest_edge"]
-    # The usual rule is applied until it changes nothing. With bounds too near to each other two sizes lead to
-    # one another (one is too small, the other too large): then the smaller.
+    # smart_resize is the processor's own rule. It is applied until it changes nothing. Where no size fits
+    # between the bounds, two sizes lead to one another, one too small and one too large: then the smaller.
     sizes = [(image.height, image.width)]
-    while (following := tuple(max(unit, x) for x in smart_resize(*sizes[-1], unit, *bounds))) not in sizes:
+    while True:
+        following = tuple(max(unit, side) for side in smart_resize(*sizes[-1], unit, *bounds))  # no side of 0
+        if following in sizes:
+            break
         sizes.append(following)
     height, width = min(sizes[sizes.index(following) :])
     return image.resize((width, height))
@@ -335,7 +350,7 @@ def vision_token_ids(model) -> list[int]:
 def mask_prompt(processor, prompt, masked_image) -> Prompt:
     """The prompt with a masked image in place of its own, of the same size: the same ids, other pixels."""
     masked = processor.image_processor(images=[masked_image], do_resize=False, return_tensors="pt")
-    kept = {name: x for name, x in prompt.items() if name != "features"}
+    kept = {name: x for name, x in prompt.items() if name != "features"}  # those are of the whole image
     return {**kept, "pixel_values": masked["pixel_values"]}
 
 
@@ -356,10 +371,8 @@ def image_inputs(prompts: list[Prompt], device) -> dict:
     after the other."""
     grids = torch.cat([prompt["image_grid_thw"] for prompt in prompts]).to(device)  # (n, 3)
     if "features" not in prompts[0]:
-        patches = torch.cat(
-            [prompt["pixel_values"] for prompt in prompts]
-        )  # (patches, channels x time x patch^2)
-        return {"image_grid_thw": grids, "pixel_values": patches.to(device)}
+        pixels = torch.cat([prompt["pixel_values"] for prompt in prompts])  # (patches, values of one)
+        return {"image_grid_thw": grids, "pixel_values": pixels.to(device)}
     features = [prompt["features"] for prompt in prompts]
     joined = type(features[0])(pooler_output=[x.to(device) for f in features for x in f.pooler_output])
     if getattr(features[0], "deepstack_features", None):
@@ -369,10 +382,16 @@ def image_inputs(prompts: list[Prompt], device) -> dict:
 
 
 def rope_positions(model, input_ids, images, attention_mask=None):
-    """M-RoPE positions (3, B, P) of prompts: one row each for time, height and width.
+    """M-RoPE positions (3, B, P) of prompts: one row each for time, height and width, so that a visual token
+    is as near to the one below it as to the one on its right. Two tokens of text, an image of 2 x 3 visual
+    tokens, two of text:
 
-    They are always passed to the model. A model that is given none falls back to plain text positions, in
-    which an image is one long line, or to those it remembers from an earlier call."""
+        time      0  1  2  2  2  2  2  2  5  6
+        height    0  1  2  2  2  3  3  3  5  6
+        width     0  1  2  3  4  2  3  4  5  6
+
+    The positions are always passed to the model. A model that is given none falls back to plain text
+    positions, in which an image is one long line, or to those it remembers from an earlier call."""
     is_image = (input_ids == model.config.image_token_id).int()  # (B, P) 1 on image positions
     positions, _ = model.model.get_rope_index(
         input_ids,
@@ -389,7 +408,8 @@ def rope_positions(model, input_ids, images, attention_mask=None):
 
 
 def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
-    """Black out each cell of a patch_size x patch_size grid with probability `ratio`, independently.
+    """Black out each cell of a patch_size x patch_size grid with probability `ratio`, independently. Of the
+    ratios [1] finds 0.6 to 0.8 best; wholly black images make the training collapse sooner.
 
     image: PIL, not changed; best after fit_image, so that cells are the vision tower's patches. A cell cut by
     the right or lower edge counts as a cell. Returns a new RGB image of the same size. Raises ValueError for
@@ -400,9 +420,9 @@ def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     columns, rows = math.ceil(image.width / patch_size), math.ceil(image.height / patch_size)
     black = torch.rand(rows, columns, generator=generator) < ratio  # (rows, columns) bool
-    stencil = Image.fromarray(black.byte().mul(255).numpy()).resize(
-        (columns * patch_size, rows * patch_size), Image.NEAREST
-    )
+    # One pixel per cell, 255 where black goes, is blown up to whole cells.
+    stencil = Image.fromarray(black.byte().mul(255).numpy())
+    stencil = stencil.resize((columns * patch_size, rows * patch_size), Image.NEAREST)
     masked = image.convert("RGB")  # a copy, also of an RGB image
     masked.paste((0, 0, 0), mask=stencil.crop((0, 0, *image.size)))
     return masked
@@ -421,22 +441,19 @@ def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
     if top_p < 1:
         ranked, order = probs.sort(-1, descending=True)  # (B, V), (B, V)
         outside = ranked.cumsum(-1) - ranked >= top_p  # (B, V) the mass before this token is enough already
-        probs = torch.zeros_like(probs).scatter(
-            -1, order, ranked.masked_fill(outside, 0)
-        )  # (B, V), sums to <= 1
-    # Where a uniform number falls among the summed probabilities: one number a row, where torch.multinomial
-    # draws V. In float64, since fp32 sums over 150,000 tokens would blur the unlikely ones. A token of
-    # probability 0 is never met.
+        kept = ranked.masked_fill(outside, 0)  # (B, V)
+        probs = torch.zeros_like(probs).scatter(-1, order, kept)  # (B, V) in the vocabulary's order, sum <= 1
+    # The token is where a uniform number in [0, 1) falls among the summed probabilities: one number a row,
+    # where torch.multinomial draws V. In float64, since fp32 sums over 150,000 tokens would blur the unlikely
+    # ones. A token of probability 0 is never met.
     summed = probs.cumsum(-1, dtype=torch.float64)  # (B, V)
-    place = torch.rand(
-        len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator
-    )  # (B, 1) in [0, 1)
+    place = torch.rand(len(probs), 1, dtype=torch.float64, device=probs.device, generator=generator)  # (B, 1)
     return torch.searchsorted(summed, place * summed[:, -1:], right=True)[:, 0]  # (B,)
 
 
 def attention_bias(visible, dtype):
-    """A boolean mask as numbers to add to the attention scores: eager attention would add a boolean one as 0
-    and 1."""
+    """A boolean mask as numbers of the same shape to add to the attention scores: 0 where `visible`, else the
+    smallest there is. (Eager attention would add the boolean mask itself, as 0 and 1.)"""
     return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
 
 
@@ -444,21 +461,20 @@ class RoomyLayer(DynamicLayer):
     """One layer of a KV cache that writes a new token in place; transformers' own copies all that is there to
     append one.
 
-    filled: the layer after the prefill of n prompts. Each prompt's keys and values are repeated group_size
-    times."""
+    filled: the layer after the prefill of n prompts. What repeats is the prompt: its keys and values,
+    computed once, are copied for each of its G responses: rows 0 to G - 1 continue the first prompt."""
 
     def __init__(self, filled, group_size):
         super().__init__()
         self.is_initialized = True
         self.length = filled.get_seq_length()  # tokens written; the room behind them is not initialised
-        self.keys, self.values = (x.repeat_interleave(group_size, 0) for x in (filled.keys, filled.values))
+        self.keys = filled.keys.repeat_interleave(group_size, 0)  # (n, heads, P, d) -> (B, heads, P, d)
+        self.values = filled.values.repeat_interleave(group_size, 0)  # the same; d: width of a head
 
     def update(self, key_states, value_states, *args, **kwargs):
         start, self.length = self.length, self.length + key_states.shape[2]
         if self.length > self.keys.shape[2]:  # room for the next 64 tokens, so that copying is rare
-            grow = lambda x: torch.cat(
-                [x, x.new_empty(*x.shape[:2], 64, x.shape[3])], dim=2
-            )  # (B, heads, L, d)
+            grow = lambda x: torch.cat([x, x.new_empty(*x.shape[:2], 64, x.shape[3])], 2)  # (B, heads, L, d)
             self.keys, self.values = grow(self.keys), grow(self.values)
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
@@ -470,7 +486,7 @@ class RoomyLayer(DynamicLayer):
 
 def end_tokens(model, processor) -> list[int]:
     """Ids that end a response: the tokenizer's, and those of the model's generation_config that are special
-    tokens. Qwen2.5-VL lists <|im_end|> and <|endoftext|> there."""
+    tokens, for an ordinary one would end them midway. Qwen2.5-VL lists <|im_end|> and <|endoftext|>."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
     special = processor.tokenizer.all_special_ids
@@ -493,13 +509,11 @@ def sample_groups(
         raise ValueError("no prompts to sample from")
     device, training = model.device, model.training
     model.eval()  # under train() a gradient-checkpointed layer would drop its KV cache
-    # Left padding, so that every prompt ends where its responses begin: pad on the right what is reversed,
-    # and reverse.
-    reversed_ids = [prompt["input_ids"][0].flip(0) for prompt in prompts]  # n x (P,)
-    pad = processor.tokenizer.pad_token_id or 0  # whichever: nothing sees it
-    input_ids = pad_sequence(reversed_ids, batch_first=True, padding_value=pad).flip(1).to(device)  # (n, P)
-    seen = [torch.ones_like(ids) for ids in reversed_ids]  # n x (P,)
-    seen = pad_sequence(seen, batch_first=True).flip(1).to(device)  # (n, P) 1 = not padding
+    # Padding goes on the left, so that every prompt ends where its responses begin.
+    pad_left = lambda rows, value: pad_sequence(rows, True, value, padding_side="left").to(device)  # (n, P)
+    ids = [prompt["input_ids"][0] for prompt in prompts]  # n x (P,)
+    input_ids = pad_left(ids, processor.tokenizer.pad_token_id or 0)  # (n, P) whichever: nothing sees it
+    seen = pad_left([torch.ones_like(row) for row in ids], 0)  # (n, P) 1 = not padding
     images = image_inputs(prompts, device)
     positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
     out = model(
@@ -516,15 +530,12 @@ def sample_groups(
     cache.layers = [RoomyLayer(layer, group_size) for layer in cache.layers]
     logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (B, V)
     position = positions.amax(dim=(0, 2)).repeat_interleave(group_size)  # (B,) of the last prompt token
-    seen = F.pad(
-        seen.repeat_interleave(group_size, 0), (0, max_new_tokens), value=1
-    )  # (B, P + max_new_tokens)
+    seen = seen.repeat_interleave(group_size, 0)  # (B, P)
+    seen = F.pad(seen, (0, max_new_tokens), value=1)  # (B, P + max_new_tokens)
     bias = attention_bias(seen[:, None, None].bool(), model.dtype)  # (B, 1, 1, P + max_new_tokens)
     rows = torch.arange(len(bias), device=device)  # (B,) whose responses these are
-    tokens = torch.full(
-        (len(bias), max_new_tokens), -1, device=device
-    )  # (n * G, max_new_tokens) -1: not drawn
-    ends = torch.tensor(end_tokens(model, processor), device=device)
+    tokens = torch.full((len(bias), max_new_tokens), -1, device=device)  # (n * G, max_new_tokens), -1: none
+    ends = torch.tensor(end_tokens(model, processor), device=device)  # (end tokens,)
     never = torch.tensor(vision_token_ids(model), device=device)  # (4,)
     done = torch.zeros_like(rows, dtype=torch.bool)  # (B,)
     for t in range(max_new_tokens):
@@ -534,9 +545,8 @@ def sample_groups(
         done |= torch.isin(token, ends)
         if done.all() or t + 1 == max_new_tokens:
             break
-        if (
-            done.sum() >= len(done) / 4
-        ):  # drop the ended rows once they are a quarter: each time copies the cache
+        # Drop the ended rows once they are a quarter: each time copies the cache.
+        if done.sum() >= len(done) / 4:
             going = (~done).nonzero()[:, 0]  # (B',)
             rows, token, position, bias, done = (x[going] for x in (rows, token, position, bias, done))
             cache.batch_select_indices(going)
@@ -560,67 +570,79 @@ def sample_groups(
 GRADE_TIMEOUT = 3.0  # seconds math-verify gets for one answer, about a hundred times what it needs
 MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same string: bounds all work here
 
-# One spelling for what is written in many ways: characters (full-width １，％ lie 0xFEE0 above ASCII) ...
+# The way of an answer: compute_reward -> answers_match -> same_answer, which asks
+#     tidy              both answers in one spelling
+#     same_by_rule      numbers, units, letters: exact and in microseconds; where it does not know
+#     same_by_rule      once more, for each piece between commas and the like; where it does not know
+#     same_by_algebra   math-verify, in a child process
+# tidy's tables; every arrow is true of tidy as a whole. One spelling for characters (those of full width lie
+# 0xFEE0 above ASCII): （１，２） -> (,1,2,); −3 -> -3; x² -> x^2; 2½ -> 2\frac{1}{2}; 30∘ -> 30°
 CHARACTERS = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}
-CHARACTERS |= str.maketrans(
-    dict(zip("−–—。、∘º∶", "---.,°°:")) | {"²": "^2", "³": "^3", "℃": "°C", "π": r"\pi "}
-)
-CHARACTERS |= str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "¢": " cents"})
-# ... words, each group by its first ...
+CHARACTERS |= str.maketrans(dict(zip("−–—。、∘º∶", "---.,°°:")) | {"²": "^2", "³": "^3", "℃": "°C"})
+CHARACTERS |= str.maketrans({"π": r"\pi ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+# ... for words, each group by its first: x\le 3 -> x≤3; \tfrac12 -> \frac12; 5厘米 -> 5cm; 30 degrees -> 30°
 WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; ≠ \neq \ne; ≈ \approx; → \rightarrow \to; ∞ \infty;
 ∪ \cup; ∩ \cap; ∈ \in; ∠ \angle; △ \triangle; ∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ± \pm; Ω \Omega;
 ∨ or 或; , and 和; \frac \dfrac \tfrac; cm centimeters 厘米; mm millimeters 毫米; km kilometers 千米; m meters 米;
 in inches; ft feet; h hours 小时; min minutes 分钟; s seconds 秒; kg 千克; g grams 克; % percent;
-° degrees degree \degree 度"""
+° \circ degrees degree \degree 度"""
 WORDS = {word: group.split()[0] for group in WORDS.split(";") for word in group.split()}
-TIDY_RULES = [  # ... and patterns, in this order
-    (r"\{,\}|,\\!", ","),  # 1{,}000 -> 1,000
-    (r"\\\$ ?([\d.,]+)", r"\1 dollars"),  # \$5 -> 5 dollars; a bare $ only opens and closes a formula
-    (r"√(\d+|\w)", r"\\sqrt{\1}"),
-    (r"\^ ?\{? ?(?:\\circ|°) ?\}?", "°"),  # 30^{\circ} -> 30°
-    (r"\^\{(\w)\}", r"^\1"),  # x^{2} -> x^2
-    (r"\\(?:text|math)(?:bf|rm|it|sf)?\{([^{}]*)\}", r" \1 "),  # \text{cm} -> cm
+WORD = r"\\?[a-zA-Z]+|小时|分钟|[厘毫千]?[米克]|[或和秒度]"
+TIDY_RULES = [  # ... and for patterns, in this order
+    (r"\{,\}|,\\!", ","),  # 1{,}000 -> 1,000; 1,\!000 -> 1,000
+    (r"√(\d+|\w)", r"\\sqrt{\1}"),  # 2√13 -> 2\sqrt{13}
+    (r"\\(?:text|math)[a-z]*\{([^{}]*)\}", r" \1 "),  # \textbf{C} -> C; 5\mathrm{km} -> 5 km
+    # \left.x\right| -> .x|; \(5\) -> 5; $5$ -> 5; \$5 -> 5; 5~cm -> 5 cm
     (r"\\(?:left|right|quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\\?\$|~|\s", " "),
-    (r"(?:(square|平方)|cubic|立方) ?([^\W\d_]+)", lambda m: f"{m[2]}^{3 - bool(m[1])}"),  # square m -> m^2
-    (
-        r"\\?[a-zA-Z]+|小时|分钟|[厘毫千]?[米克]|[或和秒度]",
-        lambda m: WORDS.get(m[0], m[0]),
-    ),  # \le -> ≤, hours -> h
-    # The answer is C -> C; A, C -> AC
+    # 9 square m -> 9 m^2; 9立方m -> 9m^3
+    (r"(?:(square|平方)|cubic|立方) ?([^\W\d_]+)", lambda m: f"{m[2]}^{3 - bool(m[1])}"),
+    (WORD, lambda m: WORDS.get(m[0], m[0])),  # 2 hours -> 2 h
+    # The answer is C -> C; Option C -> C; 答案：C -> C
     (r"(?i)^ *(?:the )?(?:answer|option|choice|答案|选项?)(?![a-z])(?: ?is|是|为)?[: ]*(?=.)", ""),
-    (r"(?<=[A-J①-⑩])[, ]+(?=[A-J①-⑩](?![a-z]))", ""),
-    # A space between digits or words, or after a comma, stays: "4 2" is not 42, "4, 200" not 4,200.
-    (r" +", " "),
-    (r" ?([^\w\s,.]) ?", r"\1"),
+    (r"(?<=[A-J①-⑩])[, ]+(?=[A-J①-⑩])", ""),  # A, C and D -> ACD; ① ③ -> ①③
+    (r" +", " "),  # one stays, for 4 2 is not 42: 4  2 -> 4 2; 4,  200 -> 4, 200
+    (r" ?([^\w\s,.]) ?", r"\1"),  # x + 1 = 3 -> x+1=3
+    (r"\^\{?°\}?", "°"),  # 30^{\circ} -> 30°; 30^\circ -> 30°
+    (r"\^\{(\w)\}", r"^\1"),  # x^{2} -> x^2
     (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2 -> 1\frac{1}{2}
-    (r"^[A-Z](?=\(.*,.*\)$)|(?<=.)≈[\d.]+$|\+(?=∞)|\\(?=%)", ""),  # P(1,2) -> (1,2), \pi≈3.14 -> \pi, \% -> %
-    # {2,1} -> {1,2}; x=2 or x=1 -> x=1,x=2
+    # P(1,2) -> (,1,2,); \pi \approx 3.14 -> \pi; +\infty -> ∞; 5\% -> 5%
+    (r"^[A-Z](?=\(.*,.*\)$)|(?<=.)≈[\d.]+$|\+(?=∞)|\\(?=%)", ""),
+    # Order does not count in sets and among alternatives: \{2,1\} -> \{,1,2,\}; x=2 or x=1 -> x=1,x=2
     (r"(?<=^\\\{)[^()]*(?=\\\}$)|^.*∨.*$", lambda m: ",".join(sorted(re.split(" ?[,∨] ?", m[0])))),
-    (r"(\\\{|[(\[])([^()\[\]]*,[^()\[\]]*?)(\\\}|[)\]])", r"\1,\2,\3"),  # [1,2) -> [,1,2,)
+    # Brackets become pieces of their own between commas: [1,2) -> [,1,2,)
+    (r"(\\\{|[(\[])([^()\[\],]*,[^()\[\]]*?)(\\\}|[)\]])", r"\1,\2,\3"),
 ]
+# The patterns: what each fits and does not, with two spaces between the examples.
+# NUMBER fits 5  -1,000.5  .5  1e3  2/4  50%  12 cm^2  9 km/h  5x; not 5,00  4 2  x5  2\pi
 DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
 NUMBER = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:(?:[^\W\d_]|[%°])+(?:[ /][a-zA-Z]+)*(?:\^?[23])?)?)")
-# What may be left out behind a number: SI and the like, and words that count: 3 apples, but not 3 million.
-UNIT = r"(?:°[CF]?|[cdkm]?m|in|ft|mi|yd|k?g|h|s|min|m?L|[NVAWJΩ]|(?![万亿千百十成折多倍])[一-鿿]{1,2}"
-UNIT += r"|(?!million|billion|thousand|hundred|dozen|cents|times|squared|cubed)[a-z]{4,}(?: [a-z]{3,})?)"
-UNIT = re.compile(UNIT + r"(?:/(?:hr?|s|min|[cdkm]?m))?(?:\^?[23])?")
-CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+(.*))?")  # B, (B), B), B. 12 cm; not (B) or (C)
-NAME = re.compile(r"(?!\d)(?:[\w∠△ ']|\\[a-zA-Z]+|_\{\w+\}|\(\w+\))+=(?=[^=]*$)")  # of x_1=5, P(A)=5, ∠ABC=5
-FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|cot|log|ln|times|cdot|(?:begin|end)\{[pb]matrix\}|\\)(?![a-zA-Z])"
-EXPRESSION = re.compile(rf"(?![*/^!]|\\times|\\cdot)(?:{FUNCTION}|\\[a-z]+|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
-# A fresh interpreter runs this, ready in a second without torch. It answers each [seconds, pairs] when it begins
-# and when it knows. The watchdog is a thread of C: it ends even 9^{9^{9}}, and with no parent left.
+# A measure or a word that counts: it may be left out. UNIT fits m^2  km/h  °C  apples  元; not x  million
+MEASURE = r"°[CF]?|[cdkm]?m|in|ft|mi|yd|k?g|h|s|min|m?L|[NVAWJΩ]"
+COUNTED = r"(?!million|billion|thousand|hundred|dozen|cents)[a-z]{4,}|(?![万亿千百十成折多倍])[一-鿿]{1,2}"
+UNIT = re.compile(rf"(?:{MEASURE}|{COUNTED})(?:/(?:{MEASURE}))?(?:\^?[23])?")
+# A letter of a multiple choice, and its text. CHOICE fits B  (B)  B),  B.  B: 12 cm; not (B) or (C)  AB  B 12
+CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+(.*))?")
+# What an equation is about. NAME fits x_1=  P(A)=  ∠ABC=; not x+1=  5=
+NAME = re.compile(r"(?!\d)[\w∠△ '\\{}()]+=")
+# What math-verify can read. EXPRESSION fits 2\sqrt{3}  (x+1)^2  y=3!  two words; not \times3  1,2  两个
+EXPRESSION = re.compile(r"(?![*/^!]|\\times|\\cdot)(?:\\[a-zA-Z\\]|[\w .+\-*/^(){}|!&=°±∞])+", re.A)
+# The child's program: a fresh interpreter, which without torch is ready in a second. It answers each
+# [seconds, pairs] twice, when it begins and when it knows. The watchdog is a thread in C: it ends the child
+# in the middle of 9^{9^{9}}, and also when the parent is gone.
 GRADING_PROCESS = r"""
 import faulthandler, json, os, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
-replies, sys.stdout = sys.stdout, sys.stderr
+replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
 from math_verify import parse, verify
-if sys.platform == "linux": import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
+if sys.platform == "linux":
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # 2 GiB of memory
 read = lambda text: parse(rf"\boxed{{{text}}}", parsing_timeout=None)
 for line in sys.stdin:
     seconds, pairs = json.loads(line)
     faulthandler.dump_traceback_later(seconds, exit=True, file=open(os.devnull, "w"))
     print("begun", file=replies, flush=True)
+    # decimals equal to 12 digits are the same
     same = all(verify(read(expected), read(given), 12, timeout_seconds=None) for given, expected in pairs)
     faulthandler.cancel_dump_traceback_later()
     print(same, file=replies, flush=True)
@@ -629,14 +651,18 @@ GRADING_LOCK = threading.Lock()
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""Inside of the last balanced \boxed{...} in `text`, or None. \{ and \} are characters, not braces."""
+    r"""Inside of the last balanced \boxed{...} in `text`, or None. \{ and \} are characters, not braces.
+
+    >>> print(extract_boxed(r"\boxed{1}? No: \boxed{\frac{1}{2}}. Or is it \boxed{3"))
+    \frac{1}{2}
+    """
     opened, (start, end) = [], (0, 0)  # one pass: a million unclosed boxes take no longer than plain text
     for token in re.finditer(r"\\[{}]|(\\boxed\{|\{)|(\})", text):
-        if token[1]:
+        if token[1]:  # \boxed{ or {
             opened.append(token)
-        elif token[2] and opened:
+        elif token[2] and opened:  # }
             opener = opened.pop()
-            if opener[1] != "{":
+            if opener[1] != "{":  # of the closed boxes the one that opens last
                 start, end = max((start, end), (opener.end(), token.start()))
     return text[start:end] if start else None
 
@@ -659,7 +685,11 @@ def tidy(answer: str) -> str:
 
 
 def parse_number(text: str) -> tuple[Fraction, str] | None:
-    r"""(exact value, unit or "") of a tidied -1,000.5, 1e3, 2/4, \frac{2}{4}, 50% or 12 cm; else None."""
+    r"""(exact value, unit or "") of a tidied answer that is one number; else None.
+
+    >>> parse_number("1,000.5"), parse_number(r"-\frac{2}{4}"), parse_number("12 cm^2"), parse_number("1/0")
+    ((Fraction(2001, 2), ''), (Fraction(-1, 2), ''), (Fraction(12, 1), 'cm2'), None)
+    """
     match = NUMBER.fullmatch(re.sub(r"^([+-]?)\\frac\{([^{}]*)\}\{([^{}]*)\}", r"\1\2/\3", text))
     if match:
         value, divisor = (Fraction((part or "1").replace(",", "")) for part in match.group(1, 2))
@@ -667,11 +697,30 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
 
 
 def same_by_rule(given: str, expected: str) -> bool | None:
-    """The verdict of the cheap exact rules on two tidied answers; None if they leave it open."""
+    r"""The verdict of the cheap exact rules on two tidied answers; None if they leave it open.
+
+    given        expected     verdict
+    Yes          yes          True
+    B. 12 cm     B            True
+    B. 12 cm     B. 15 cm     False
+    12 cm        B            False
+    4 2          42           False
+    CBA          ABC          False
+    1/2          0.50         True
+    1/3          0.333        False
+    50%          50           True
+    50%          0.5          True
+    0.5%         0.5          False
+    12 cm        12           True
+    12 cm        12 m         False
+    5x           5            None
+    2xy          2yx          None
+    2\sqrt{3}    \sqrt{12}    None
+    """
     if not given or given.lower() == expected.lower():
         return given != ""
     choices = [CHOICE.fullmatch(text.upper() if len(text) == 1 else text) for text in (given, expected)]
-    if any(choices):  # B. 12 cm is B, but not B. 15 cm
+    if any(choices):
         letters, texts = zip(*(choice.groups() if choice else (None, None) for choice in choices))
         return letters[0] == letters[1] and (not all(texts) or same_by_rule(*texts) is True)
     # math-verify reads "4 2" as 4 + 2, and CBA as a product, hence as ABC.
@@ -682,22 +731,27 @@ def same_by_rule(given: str, expected: str) -> bool | None:
         return None
     (value, unit), (other, other_unit) = sorted(numbers, key=lambda number: number[1])  # no unit sorts first
     if not unit and other_unit == "%":
-        return value == other / 100 or value == other and abs(value) > 1  # 50% is written 50 or 0.5
+        return value == other / 100 or value == other and abs(value) > 1  # 0.5 is not 0.5%
     if unit == other_unit or not unit and UNIT.fullmatch(other_unit):
         return value == other
-    return False if unit and sorted(unit) != sorted(other_unit) else None  # 12 cm is not 12 m; 2xy may be 2yx
+    return False if unit and sorted(unit) != sorted(other_unit) else None  # the same letters: variables?
 
 
 def symbols(text: str) -> set[str] | None:
-    """The variables, signs and = of one mathematical expression; None if `text` is anything else."""
-    if EXPRESSION.fullmatch(text) and text.count("(") == text.count(")") and text.count("=") < 2:
-        text = re.sub(FUNCTION, " ", text)
-        return set(re.findall(r"\\?[a-zA-Z]+_(?:\w|\{\w+\})|\\[a-z]+|[a-zA-Z=!°±∞]", text))
+    r"""The variables, signs and = of one mathematical expression; None if `text` is anything else.
+
+    >>> sorted(symbols(r"2\sqrt{3}x=\alpha"))
+    ['=', '\\alpha', 'x']
+    """
+    if EXPRESSION.fullmatch(text):
+        text = re.sub(r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])", " ", text)
+        return set(re.findall(r"\\[a-zA-Z]+|[a-zA-Z=!°±∞]", text))
 
 
 @functools.lru_cache(maxsize=1)
 def grading_process(owner: int) -> subprocess.Popen:
-    """The child that may hang or die on a hostile answer. `owner`, this process's id: forks have their own."""
+    """The child that may hang or die on a hostile answer, started once. owner: this process's id, so that a
+    fork starts its own."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     return subprocess.Popen([sys.executable, "-c", GRADING_PROCESS], **pipes)
 
@@ -721,25 +775,31 @@ def same_by_algebra(pairs: list[tuple[str, str]]) -> bool:
 
 @functools.lru_cache(maxsize=2**12)
 def same_answer(given: str, expected: str) -> bool:
-    """answers_match, remembered; a TimeoutError is not, for the machine may have been busy."""
+    """answers_match, remembered; a TimeoutError is not, for the machine may have been busy.
+
+    What the rules leave open is compared piece by piece: (0.5, x+x) is (1/2, 2x)."""
     given, expected = tidy(given), tidy(expected)
     if (same := same_by_rule(given, expected)) is not None:
         return same
-    questions, parts = [], [re.split("([,;<>≤≥≠≈→∈∪∩∥⊥])", text) for text in (given, expected)]
-    for pair in zip(*parts):
+    pieces = [re.split("([,;<>≤≥≠≈→∈∪∩∥⊥])", text) for text in (given, expected)]
+    questions = []  # for math-verify
+    for pair in zip(*pieces):
         names = [NAME.match(text) for text in pair]
         if "=" not in pair[0] or "=" not in pair[1] or all(names) and names[0][0] == names[1][0]:
             # x=5 is 5, but y=5 is not x=5
             pair = [text[name.end() if name else 0 :].strip() for text, name in zip(pair, names)]
-        if pair[0] == pair[1] or (same := same_by_rule(*pair)):
+        same = pair[0] == pair[1] or same_by_rule(*pair)
+        if same:
             continue
-        # math-verify is asked about single expressions in the same symbols: prose has more, and so have units
-        bare = [re.sub(rf"(?<=[\d)}}i]) ?{UNIT.pattern}$", "", text) for text in pair]
-        candidates = [pair, (bare[0], pair[1]), (pair[0], bare[1])]  # 2\sqrt{3} cm is 2\sqrt{3}
-        questions += [c for c in candidates if symbols(c[0]) == symbols(c[1]) is not None][:1] or [None]
-        if same is False or questions[-1] is None:
+        # math-verify is asked only about expressions in the same symbols: prose has others. One of the two
+        # may leave out a unit behind a digit, a bracket or \pi: 2\sqrt{3} cm is 2\sqrt{3}.
+        bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
+        candidates = [pair, (bare[0], pair[1]), (pair[0], bare[1])]
+        alike = [c for c in candidates if symbols(c[0]) == symbols(c[1]) is not None]
+        if same is False or not alike:
             return False
-    return len(parts[0]) == len(parts[1]) and (not questions or same_by_algebra(questions))
+        questions.append(alike[0])
+    return len(pieces[0]) == len(pieces[1]) and (not questions or same_by_algebra(questions))
 
 
 def answers_match(given: str, expected: str) -> bool:
@@ -781,7 +841,7 @@ def group_advantages(rewards, eps=1e-6):
     >>> group_advantages([1.0] + [0.1] * 7)
     tensor([ 2.4749, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536])
     """
-    rewards = torch.as_tensor(rewards, dtype=torch.float32)
+    rewards = torch.as_tensor(rewards, dtype=torch.float32)  # (..., G)
     if rewards.dim() == 0 or rewards.shape[-1] < 2:
         raise ValueError(f"rewards need a group dimension G >= 2, got shape {tuple(rewards.shape)}")
     spread = rewards.std(-1, keepdim=True)  # (..., 1)
@@ -804,7 +864,7 @@ def token_logps(hidden, targets, head, temperature=1.0, with_entropy=False):
     of a 151,936-word vocabulary."""
 
     def chunk_logps(hidden, targets):
-        logits = head(hidden).float() / temperature  # (N, V)
+        logits = head(hidden).float() / temperature  # (N, V), here N: positions of the chunk
         log_total = logits.logsumexp(-1)  # (N,)
         logps = logits.gather(-1, targets[:, None])[:, 0] - log_total  # (N,)
         if not with_entropy:
@@ -814,8 +874,8 @@ def token_logps(hidden, targets, head, temperature=1.0, with_entropy=False):
 
     chunks = zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))
     parts = [checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks]
-    logps, *entropy = map(torch.cat, zip(*parts))
-    return logps, entropy[0] if with_entropy else None
+    logps = torch.cat([part[0] for part in parts])  # (N,)
+    return logps, torch.cat([part[1] for part in parts]) if with_entropy else None  # (N,), (N,)
 
 
 def group_row(model, prompt, responses):
@@ -843,9 +903,8 @@ def group_row(model, prompt, responses):
     P, lengths = prompt["input_ids"].shape[1], [len(o) for o in responses]
     row = torch.cat([prompt["input_ids"][0], *responses])[None].to(device)  # (1, L)
     images = image_inputs([prompt], device)
-    owner = torch.repeat_interleave(torch.tensor([P, *lengths])).to(
-        device
-    )  # (L,) 0: the prompt, i: response o_i
+    owner = torch.repeat_interleave(torch.tensor([P, *lengths]))  # (L,) 0: the prompt, i: response o_i
+    owner = owner.to(device)
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own response, or prompt
     visible = visible.tril()[None, None]  # (1, 1, L, L) and never the future
     place = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) in its own response, from 0
@@ -881,7 +940,7 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
     logps, entropy = token_logps(hidden, targets, head, temperature, with_entropy)  # (N,), (N,) or None
     lengths = [len(o) for o in responses]
     pad = lambda flat: pad_sequence(flat.split(lengths), batch_first=True)  # (N,) -> (G, T)
-    scored = pad(logps), pad(torch.ones_like(logps))
+    scored = pad(logps), pad(torch.ones_like(logps))  # (G, T), (G, T)
     return (*scored, pad(entropy)) if with_entropy else scored
 
 
@@ -893,15 +952,16 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
 def policy_ratio(logps, old_logps):
     """r = pi_theta / pi_old of each token, (B, T), (B, T) -> (B, T); the log-ratio clamped to +-20 as in
     [2]."""
-    return (logps - old_logps).clamp(-20, 20).exp()
+    return (logps - old_logps).clamp(-20, 20).exp()  # (B, T)
 
 
 def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_dual):
     """- min(r A, clip(r, 1 - eps_l, 1 + eps_h) A), and for A < 0 at most c |A|.    ([1] Eq. 2, [2])
 
-    logps, old_logps (B, T), advantages (B,) -> (B, T), to minimise. The first clip stops paying for a good
-    response once it is 1 + eps_h times likelier, the second keeps a bad response that has become far likelier
-    from dominating. A good token at r = 1.4 (earns 1.3 A, not 1.4 A), a bad one at r = 0.5 (0.8, not 0.5):
+    logps, old_logps (B, T), advantages (B,) -> (B, T), to minimise. Where the clip acts there is no gradient:
+    a good response's token is pushed until it is 1 + eps_h times as likely, a bad one's until it is 1 - eps_l
+    times as likely. The bound of c keeps a bad token that has become far likelier from dominating. A good
+    token at r = 1.4 (earns 1.3 A, not 1.4 A) and a bad one at r = 0.5 (costs 0.8 |A|, not 0.5 |A|):
 
     >>> clipped_policy_loss(torch.tensor([[1.4], [0.5]]).log(), torch.zeros(2, 1), torch.tensor([2.0, -1.0]),
     ...                     clip_low=0.2, clip_high=0.3, clip_dual=3.0)
@@ -921,8 +981,9 @@ def kl_k3(logps, other_logps):
     from tokens drawn from pi.    ([2], after [5]; [1] prints 1/x, which is biased)
 
     (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x, at most 1. In expectation over tokens of pi,
-    given their prefix, that is the gradient of KL[pi_other || pi]: maximising k3 moves pi away from where the
-    other policy has mass. A token that the other policy likes half as much, and one it likes as much:
+    given their prefix, this yields the gradient of KL[pi_other || pi], the other direction: maximising k3
+    moves pi away from where the other policy has mass. A token that the other policy likes half as much, and
+    one it likes as much:
 
     >>> kl_k3(torch.zeros(1, 2), torch.tensor([[0.5, 1.0]]).log())
     tensor([[0.1931, 0.0000]])
@@ -937,8 +998,8 @@ def perception_gate(logps, masked_logps, advantages):
 
     logps, masked_logps (B, T), advantages (B,) -> (B, T) bool. k3's derivative, 1 - pi_mask/pi, pushes tokens
     both ways, in right and wrong responses alike. What passes the gate pushes only upwards, by less than
-    gamma, only tokens of a better response: no token moves against its advantage, whatever gamma is, and
-    equal rewards pay nothing."""
+    gamma, and only tokens of responses above their group's mean: no token moves against its advantage,
+    whatever gamma is, and equal rewards pay nothing."""
     check_shapes(logps=(logps, "B T"), masked_logps=(masked_logps, "B T"), advantages=(advantages, "B"))
     return (advantages[:, None] > 0) & (logps > masked_logps)  # (B, T)
 
@@ -1006,7 +1067,7 @@ def papo_loss(
     check_shapes(
         **{name: (x, "B T") for name, x in given.items() if x is not None}, advantages=(advantages, "B")
     )
-    pays = config.gamma and (not config.gated or (advantages > 0).any())
+    pays = config.gamma and (not config.gated or (advantages > 0).any())  # the perception KL, anywhere
     if masked_logps is None and (pays or config.eta2):
         raise ValueError("gamma or eta2 is not 0: papo_loss needs masked_logps")
     if ref_logps is None and config.beta:
@@ -1015,9 +1076,8 @@ def papo_loss(
 
     clips = config.clip_low, config.clip_high, config.clip_dual
     policy = clipped_policy_loss(logps, old_logps.detach(), advantages, *clips)  # (B, T)
-    terms = [
-        ("policy_loss", 1.0, mean(policy))
-    ]  # every term: its name, its weight in the loss, its mean over tokens
+    # Every term: its name, its weight in the loss, its mean over tokens.
+    terms = [("policy_loss", 1.0, mean(policy))]
     if ref_logps is not None:
         terms.append(("kl_ref", config.beta, mean(kl_k3(logps, ref_logps.detach()))))
     terms.append(("entropy", config.eta1, mean(-logps if entropy is None else entropy)))
@@ -1046,6 +1106,10 @@ def papo_loss(
 # ------------------------------------------------------------------------------------------------------------
 # 10. One step: rollouts, constants, update
 # ------------------------------------------------------------------------------------------------------------
+# A trainer's whole step:
+#     groups, redraws = roll_out(model, processor, config, rows, generator)
+#     score_constants(model, reference, config, groups)
+#     metrics = [papo_step(model, optimizer, config, update) for update in split_batch(config, groups)]
 
 
 @dataclass
@@ -1078,8 +1142,8 @@ def prepare(model, prompt) -> Prompt:
 def sample_and_grade(model, processor, config, rows, generator) -> list[Group]:
     """Encode, sample, reward, standardise: a Group per row, not yet masked. generator: on the model's device.
 
-    A row may bring its `prompt`, encoded when it was checked; it is taken out of the row, and its pixels with
-    it."""
+    A row may bring its `prompt`, encoded when it was checked. It is taken out of the row, so that its pixels
+    go once nothing else needs them."""
     encode = lambda row: row.pop("prompt", None) or encode_prompt(processor, row["problem"], row["images"][0])
     prompts = [prepare(model, encode(row)) for row in rows]
     sizes = config.group_size, config.max_new_tokens
@@ -1127,8 +1191,8 @@ def roll_out(model, processor, config, rows, generator):
 
 
 def split_group(config, prompt, responses) -> list[slice]:
-    """Cut a group into runs of responses, each with the prompt within tokens_per_forward, or a single
-    response.
+    """Cut a group's responses into runs, each of which fits into a row of tokens_per_forward together with
+    the prompt. A response too long for that is a run of its own.
 
     A prompt of 10 tokens and responses of 5, 4, 3 and 9, in rows of at most 20:
 
@@ -1156,9 +1220,8 @@ def score_constants(model, reference, config, groups):
 
     def score(model, group):
         parts = [group.responses[part] for part in split_group(config, group.prompt, group.responses)]
-        rows = [
-            row for part in parts for row in group_logps(model, group.prompt, part, config.temperature)[0]
-        ]  # G x (<= T,)
+        scored = [group_logps(model, group.prompt, part, config.temperature)[0] for part in parts]
+        rows = [row for logps in scored for row in logps]  # G x (<= T,)
         return pad_sequence(rows, batch_first=True)  # (G, T)
 
     model.eval()
@@ -1180,16 +1243,16 @@ def papo_step(model, optimizer, config, groups, objective=papo_loss):
     """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss, grad_norm,
     skipped (0 or 1).
 
-    objective: called as papo_loss is, all by keyword but the config. Your own may change what papo_loss gets,
-    for example `lambda config, advantages, rewards, **rest: papo_loss(config, advantages=advantages *
-    (rewards > 0.5), **rest)`.
+    objective: called as papo_loss is, all by keyword but the config, on the responses of one pass: a group or
+    a part of it. Your own may change what papo_loss gets, for example `lambda config, advantages, rewards,
+    **rest: papo_loss(config, advantages=advantages * (rewards > 0.5), **rest)`.
 
-    Each group is one forward pass (or several, see split_group) and one backward pass; gradients add up. A
-    part's mean is weighted by its share of the batch's average, so loss and gradient do not depend on the
-    split: of 10 responses split as 5, 3 and 2, the means count 5/10, 3/10 and 2/10 ("token": by their
-    tokens). After model.gradient_checkpointing_enable() the layers' activations are recomputed in backward
-    instead of kept. An update whose gradient is not finite is skipped: one bad batch must not destroy the
-    weights."""
+    Each group (or each part, see split_group) is one forward pass, one more with the masked image if the loss
+    needs it, and one backward pass; gradients add up. A part's mean is weighted by its share of the batch's
+    average, so loss and gradient do not depend on the split: of 10 responses split as 5, 3 and 2, the means
+    count 5/10, 3/10 and 2/10 ("token": by their tokens). After model.gradient_checkpointing_enable() the
+    layers' activations are recomputed in backward instead of kept. An update whose gradient is not finite is
+    skipped: one bad batch must not destroy the weights."""
     if not groups:
         raise ValueError("papo_step needs at least one group")
     model.train()
@@ -1230,9 +1293,7 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
         response_mask=response_mask,
         entropy=scores[2] if exact else None,  # (G, T)
     )
-    partly = (
-        config.gated and not config.eta2
-    )  # a gated KL reads the paid responses alone, an entropy all of them
+    partly = config.gated and not config.eta2  # a gated KL reads the paid responses, an entropy all of them
     scored = advantages > 0 if partly else torch.ones_like(advantages, dtype=torch.bool)  # (G,)
     if group.masked_prompt is not None and scored.any():
         given |= masked_scores(model, config, group.masked_prompt, responses, scored, T)
@@ -1252,6 +1313,6 @@ def masked_scores(model, config, masked_prompt, responses, scored, T):
 
     def spread(x):  # (scored, <= T) -> (G, T)
         whole = x.new_zeros(len(responses), T)  # (G, T)
-        return whole.masked_scatter(scored[:, None], F.pad(x, (0, T - x.shape[1])))
+        return whole.masked_scatter(scored[:, None], F.pad(x, (0, T - x.shape[1])))  # (G, T)
 
     return dict(masked_logps=spread(masked_logps), masked_entropy=spread(entropy[0]) if exact else None)

@@ -1,5 +1,6 @@
 """The rule-based reward: which answers count as right, and that no string, however hostile, stops the training run."""
 
+import inspect
 import json
 import multiprocessing
 import os
@@ -189,6 +190,9 @@ REJECT = [
     (r"0.\dot{3}", "0.3"),
     ("1.7320508", r"\sqrt{3}"),
     ("on", "no"),
+    ("x=1=1", "x=2"),
+    ("5 million dollars", r"\$5"),
+    (r"\{1,2\}", "(1,2)"),
 ]
 HANGS = [  # each known to run for minutes; an answer in other symbols is not even asked about
     ("9^{9^{9}}", "5"),
@@ -222,6 +226,9 @@ HOSTILE = [
     "A" * 300_000,
     " " * 300_000,
     r"\boxed{" * 40_000,
+    r"\abcdefgh" * 50 + "?",
+    r"\abcdefgh" * 50 + "=?",
+    r"\{," * 333,
     "__import__('os')._exit(1)",
     "import os",
 ]
@@ -252,6 +259,47 @@ def test_labelled_pairs(part):
     pairs = labelled_pairs()[part]
     right, wrongly_accepted = rates(with_papo, pairs)
     assert len(pairs) >= 60 and right >= 0.92 and wrongly_accepted <= 0.03, (right, wrongly_accepted)
+
+
+GRADER = inspect.getsource(papo).split("# 5. The rule-based reward")[1].split("# 6. Group advantages")[0]
+
+
+def test_before_and_after_of_every_rule(monkeypatch):
+    """The arrows beside tidy's tables are true, and without any one rule some of them is not."""
+    table = GRADER.split("# tidy's tables")[1].split("# The patterns")[0]
+    arrows = [item.split(" -> ") for line in re.findall(r"# (.*->.*)", table) for item in line.split("; ")]
+    arrows = [(before.rsplit(": ", 1)[-1], after) for before, after in arrows]
+    assert len(arrows) >= 35
+    wrong = lambda: [
+        (before, papo.tidy(before), after) for before, after in arrows if papo.tidy(before) != after
+    ]
+    assert wrong() == []
+    for i, rule in enumerate(papo.TIDY_RULES):
+        with monkeypatch.context() as patch:
+            patch.setattr(papo, "TIDY_RULES", papo.TIDY_RULES[:i] + papo.TIDY_RULES[i + 1 :])
+            assert wrong(), f"no example needs {rule}"
+
+
+def test_what_the_patterns_fit():
+    fits = re.findall(r"# .*?(\w+) fits (.*); not (.*)", GRADER)
+    assert {name for name, *_ in fits} == {"NUMBER", "UNIT", "CHOICE", "NAME", "EXPRESSION"}
+    for name, right, wrong in fits:
+        pattern = getattr(papo, name)
+        assert all(pattern.fullmatch(text) for text in right.split("  ")), name
+        assert not any(pattern.fullmatch(text) for text in wrong.split("  ")), name
+
+
+def test_the_table_of_same_by_rule():
+    """Each row of its docstring, in both orders; the answers are in the one spelling, as its callers' are."""
+    rows = [
+        re.split("  +", line.strip()) for line in papo.same_by_rule.__doc__.split("verdict\n")[1].splitlines()
+    ]
+    rows = [row for row in rows if len(row) == 3]
+    assert len(rows) >= 15 and {verdict for *_, verdict in rows} == {"True", "False", "None"}
+    for given, expected, verdict in rows:
+        assert (papo.tidy(given), papo.tidy(expected)) == (given, expected)
+        assert str(papo.same_by_rule(given, expected)) == verdict, (given, expected)
+        assert str(papo.same_by_rule(expected, given)) == verdict, (given, expected)
 
 
 def test_numbers_and_letters_never_reach_the_child(monkeypatch):
@@ -441,10 +489,10 @@ def test_verdicts_are_remembered_and_time_outs_are_not(monkeypatch):
     asked = []
     ask = papo.same_by_algebra
     monkeypatch.setattr(papo, "same_by_algebra", lambda pairs: asked.append(pairs) or ask(pairs))
-    monkeypatch.setattr(papo, "GRADE_TIMEOUT", SHORT)
     for _ in range(3):
         assert accuracy("2x", "x+x") == 1.0 and accuracy("3x", "x+x") == 0.0
     assert len(asked) == 2
+    monkeypatch.setattr(papo, "GRADE_TIMEOUT", SHORT)
     for _ in range(2):
         assert accuracy("9^{9^{9}}", "5") == 0.0
     assert len(asked) == 4

@@ -126,6 +126,19 @@ def test_positions_depend_on_nothing_but_the_prompt(vlm):
         close(group_logps(model, bare, responses)[0], expected)
 
 
+def test_the_positions_in_the_docstring_are_the_models(vlm):
+    """rope_positions' picture: two tokens of text (the second starts the image), 2 x 3 visual tokens, two of text."""
+    model, _ = vlm
+    c = model.config
+    image = [c.vision_start_token_id] + 6 * [c.image_token_id] + [c.vision_end_token_id]
+    ids = torch.tensor([[100, *image, 101]])
+    grid = torch.tensor([[1, 4, 6]])  # in patches
+    drawn = [line.split()[1:] for line in papo.rope_positions.__doc__.splitlines() if line.count("  ") > 8]
+    drawn = torch.tensor([[int(x) for x in line] for line in drawn])
+    assert drawn.shape == (3, 10)
+    assert papo.rope_positions(model, ids, {"image_grid_thw": grid})[:, 0].equal(drawn)
+
+
 def test_features_of_a_frozen_vision_tower(vlm):
     """encode_image runs the tower once; scoring with its features then gives the same log-probs and the same gradients of
     all other parameters, and never runs the tower again."""
