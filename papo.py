@@ -563,27 +563,27 @@ MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same 
 # One spelling for what is written in many ways: characters (full-width １，％ lie 0xFEE0 above ASCII) ...
 CHARACTERS = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}
 CHARACTERS |= str.maketrans(
-    dict(zip("−–—。、∘º∶", "---.,°°:")) | {"²": "^2", "³": "^3", "℃": "°C", "π": r"\pi "}
+    dict(zip("−–—。、∘º∶", "---.,°°:")) | {"²": "^2", "³": "^3", "℃": "°C", "π": r"\pi ", "×": r"\times "}
 )
 CHARACTERS |= str.maketrans({"½": " 1/2", "¼": " 1/4", "¾": " 3/4", "¢": " cents"})
 # ... words, each group by its first ...
-WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; ≠ \neq \ne; ≈ \approx; → \rightarrow \to; ∞ \infty;
-∪ \cup; ∩ \cap; ∈ \in; ∠ \angle; △ \triangle; ∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ± \pm; Ω \Omega;
-∨ or 或; , and 和; \frac \dfrac \tfrac; cm centimeters 厘米; mm millimeters 毫米; km kilometers 千米; m meters 米;
-in inches; ft feet; h hours 小时; min minutes 分钟; s seconds 秒; kg 千克; g grams 克; % percent;
-° degrees degree \degree 度"""
+WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; < \lt; > \gt; ≠ \neq \ne; ≈ \approx; → \rightarrow \to;
+∞ \infty; ∪ \cup \bigcup; ∩ \cap; ∈ \in; ∠ \angle; △ \triangle; ∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing;
+± \pm; Ω \Omega; ∨ or 或; , and 和 且; \frac \dfrac \tfrac; cm centimeters 厘米; mm millimeters 毫米; mL ml;
+km kilometers 千米; m meters 米; in inches; ft feet; h hours 小时; min minutes 分钟; s seconds 秒; kg 千克;
+g grams 克; % percent; ° degrees degree \degree 度"""
 WORDS = {word: group.split()[0] for group in WORDS.split(";") for word in group.split()}
 TIDY_RULES = [  # ... and patterns, in this order
     (r"\{,\}|,\\!", ","),  # 1{,}000 -> 1,000
     (r"\\\$ ?([\d.,]+)", r"\1 dollars"),  # \$5 -> 5 dollars; a bare $ only opens and closes a formula
     (r"√(\d+|\w)", r"\\sqrt{\1}"),
     (r"\^ ?\{? ?(?:\\circ|°) ?\}?", "°"),  # 30^{\circ} -> 30°
-    (r"\^\{(\w)\}", r"^\1"),  # x^{2} -> x^2
+    (r"([\^_])\{(\w)\}", r"\1\2"),  # x_{1}^{2} -> x_1^2
     (r"\\(?:text|math)(?:bf|rm|it|sf)?\{([^{}]*)\}", r" \1 "),  # \text{cm} -> cm
     (r"\\(?:left|right|quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\\?\$|~|\s", " "),
     (r"(?:(square|平方)|cubic|立方) ?([^\W\d_]+)", lambda m: f"{m[2]}^{3 - bool(m[1])}"),  # square m -> m^2
     (
-        r"\\?[a-zA-Z]+|小时|分钟|[厘毫千]?[米克]|[或和秒度]",
+        r"\\?[a-zA-Z]+|小时|分钟|[厘毫千]?[米克]|[或和且秒度]",
         lambda m: WORDS.get(m[0], m[0]),
     ),  # \le -> ≤, hours -> h
     # The answer is C -> C; A, C -> AC
@@ -594,18 +594,23 @@ TIDY_RULES = [  # ... and patterns, in this order
     (r" ?([^\w\s,.]) ?", r"\1"),
     (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2 -> 1\frac{1}{2}
     (r"^[A-Z](?=\(.*,.*\)$)|(?<=.)≈[\d.]+$|\+(?=∞)|\\(?=%)", ""),  # P(1,2) -> (1,2), \pi≈3.14 -> \pi, \% -> %
-    # {2,1} -> {1,2}; x=2 or x=1 -> x=1,x=2
-    (r"(?<=^\\\{)[^()]*(?=\\\}$)|^.*∨.*$", lambda m: ",".join(sorted(re.split(" ?[,∨] ?", m[0])))),
+    # {2,1} -> {1,2}; x=2 or x=1 -> x=1,x=2; x>3 or x<1 -> x<1∨x>3, which "and" is not
+    (
+        r"(?<=^\\\{)[^()<>≤≥]*(?=\\\}$)|^[^<>≤≥]*∨[^<>≤≥]*$",
+        lambda m: ",".join(sorted(re.split(" ?[,∨] ?", m[0]))),
+    ),
+    (r"^.*∨.*$", lambda m: "∨".join(sorted(m[0].split("∨")))),
     (r"(\\\{|[(\[])([^()\[\]]*,[^()\[\]]*?)(\\\}|[)\]])", r"\1,\2,\3"),  # [1,2) -> [,1,2,)
 ]
 DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
 NUMBER = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:(?:[^\W\d_]|[%°])+(?:[ /][a-zA-Z]+)*(?:\^?[23])?)?)")
 # What may be left out behind a number: SI and the like, and words that count: 3 apples, but not 3 million.
 UNIT = r"(?:°[CF]?|[cdkm]?m|in|ft|mi|yd|k?g|h|s|min|m?L|[NVAWJΩ]|(?![万亿千百十成折多倍])[一-鿿]{1,2}"
-UNIT += r"|(?!million|billion|thousand|hundred|dozen|cents|times|squared|cubed)[a-z]{4,}(?: [a-z]{3,})?)"
+UNIT += r"|(?![a-z]*illion|thousand|hundred|dozen|halves|thirds|cents|plus|minus|times|squared|cubed)"
+UNIT += r"[a-z]{4,}(?: [a-z]{3,})?)"
 UNIT = re.compile(UNIT + r"(?:/(?:hr?|s|min|[cdkm]?m))?(?:\^?[23])?")
 CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+(.*))?")  # B, (B), B), B. 12 cm; not (B) or (C)
-NAME = re.compile(r"(?!\d)(?:[\w∠△ ']|\\[a-zA-Z]+|_\{\w+\}|\(\w+\))+=(?=[^=]*$)")  # of x_1=5, P(A)=5, ∠ABC=5
+NAME = re.compile(r"(?!\d)(?:[\w∠△ ']|\\[a-zA-Z]+|_\{[\w∠△]+\}|\(\w+\))+=(?=[^=]*$)")  # of x_1=5, P(A)=5
 FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|cot|log|ln|times|cdot|(?:begin|end)\{[pb]matrix\}|\\)(?![a-zA-Z])"
 EXPRESSION = re.compile(rf"(?![*/^!]|\\times|\\cdot)(?:{FUNCTION}|\\[a-z]+|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
 # A fresh interpreter runs this, ready in a second without torch. It answers each [seconds, pairs] when it begins
@@ -668,7 +673,9 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
 
 def same_by_rule(given: str, expected: str) -> bool | None:
     """The verdict of the cheap exact rules on two tidied answers; None if they leave it open."""
-    if not given or given.lower() == expected.lower():
+    # Yes is yes, but R is not r, nor MW mW
+    fold = lambda text: re.sub(r"(?<![\\\w])(?:[A-Z]?[a-z]+|[A-Z]{2,})\b", lambda m: m[0].lower(), text)
+    if not given or fold(given) == fold(expected):
         return given != ""
     choices = [CHOICE.fullmatch(text.upper() if len(text) == 1 else text) for text in (given, expected)]
     if any(choices):  # B. 12 cm is B, but not B. 15 cm
@@ -725,7 +732,7 @@ def same_answer(given: str, expected: str) -> bool:
     given, expected = tidy(given), tidy(expected)
     if (same := same_by_rule(given, expected)) is not None:
         return same
-    questions, parts = [], [re.split("([,;<>≤≥≠≈→∈∪∩∥⊥])", text) for text in (given, expected)]
+    questions, parts = [], [re.split("([,;∨<>≤≥≠≈→∈∪∩∥⊥])", text) for text in (given, expected)]
     for pair in zip(*parts):
         names = [NAME.match(text) for text in pair]
         if "=" not in pair[0] or "=" not in pair[1] or all(names) and names[0][0] == names[1][0]:

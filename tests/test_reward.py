@@ -104,6 +104,16 @@ ACCEPT = [  # (boxed answer, answer of the data set)
     ("C: 12 cm", "C"),
     ("x=2 or x=1", "x=1 or x=2"),
     ("2x-y+1=0", "y=2x+1"),
+    (r"x>3\text{ or }x<-1", "$x < -1$ or $x > 3$"),
+    (r"(-\infty,-1)\cup(3,+\infty)", r"$\left( -\infty ,-1 \right)\bigcup \left( 3,+\infty  \right)$"),
+    ("a_n=2n-1", "a_{n}=2n-1"),
+    (r"S_{\triangle ABC} = 5", "5"),
+    ("k>-1且k≠0", r"k>-1 and k \ne 0"),
+    (r"-1 \le x \lt 2", r"-1\leqslant x<2"),
+    (r"3\times10^8 m/s", "3×10^8"),
+    ("20 ml", "20 mL"),
+    ("NO", "No"),
+    ("Town B", "town B"),
 ]
 REJECT = [
     ("4 2", "42"),
@@ -189,6 +199,15 @@ REJECT = [
     (r"0.\dot{3}", "0.3"),
     ("1.7320508", r"\sqrt{3}"),
     ("on", "no"),
+    (r"x<-1\text{ and }x>3", "x<-1 or x>3"),
+    (r"\{x|x<-1, x>3\}", r"\{x|x<-1 or x>3\}"),
+    ("R", "r"),  # two radii of one figure
+    ("2N", "2n"),
+    ("5 MW", "5 mW"),
+    (r"\Delta", r"\delta"),
+    ("2 thirds", "2"),
+    ("5 trillion", "5"),
+    ("3 plus four", "3"),
 ]
 HANGS = [  # each known to run for minutes; an answer in other symbols is not even asked about
     ("9^{9^{9}}", "5"),
