@@ -175,6 +175,13 @@ def test_a_resumed_run_is_the_same_run(flags, one_folder, parquet, tmp_path, tra
     )
 
 
+def test_a_gated_run_ends(one_folder, parquet, tmp_path):
+    """Also where the responses of a question it shows are all right or all wrong: nothing is paid, but its mask is shown."""
+    flags = ["--gated", "True", "--steps", "1", "--out", str(tmp_path / "run"), *QUICK]
+    ts.main(["--model", one_folder, "--dataset", parquet, *flags])
+    assert (tmp_path / "run" / "samples.html").exists()
+
+
 def test_a_resumed_run_may_not_change_its_settings(one_folder, parquet, tmp_path, capsys):
     arguments = ["--model", one_folder, "--dataset", parquet, "--out", str(tmp_path / "r"), *QUICK]
     ts.main([*arguments, "--steps", "1"])
