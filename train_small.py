@@ -429,6 +429,7 @@ def read_row(row, columns, folder):
     problem, answer = row[problem_column], row[answer_column]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError("problem is no text")
+    answer = None if answer != answer else answer  # NaN: a number that is missing
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError(
             "empty answer" if answer is None or isinstance(answer, str) else "answer is no text or number"
@@ -644,8 +645,8 @@ def layer_bytes(tokens, hidden, attention, mlp, width):
 
 
 def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str, float]:
-    """GiB that a run takes on its device, by part, and the peak: what stays plus the phase that takes most. The features of a
-    frozen tower wait in host memory, so they are a part, but not in the peak.
+    """GiB that a run takes on its device, by part, and the peak: what stays plus the phase that takes most. A batch's images,
+    as patches, or as features of a frozen tower, wait in host memory: a part, but not in the peak.
 
     Computed from shapes alone, so the model (before an adapter is added) may be on the meta device. Not in it: what the
     allocator wastes, and torch's own half GiB on a GPU."""
@@ -677,6 +678,7 @@ def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str
         activations = graphs * kept + max(one, seen)
     else:
         activations = graphs * (one * layers + (not frozen) * seen * vision.depth)
+    pixels = 3 * vision.temporal_patch_size * vision.patch_size**2  # numbers of a patch, fp32
     stacked = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
     rows = config.prompts_per_sample * max(config.group_size, SAMPLES)
     masked = config.gamma > 0 or config.eta2 > 0
@@ -685,8 +687,8 @@ def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str
         "gradients": trained * each,
         "optimizer": trained * each * (3 if kahan else 2),
         "reference": weights * (config.beta > 0 and not run.lora),
-        "features": bool(frozen)
-        * config.prompts_per_batch * (1 + masked) * image_tokens * H * stacked * width,
+        "features": config.prompts_per_batch * (1 + masked)
+        * (image_tokens * H * stacked * width if frozen else patches * pixels * 4),
         "activations": activations + graphs * 2 * L * L * width,  # and each pass's mask
         "logits": HEAD_CHUNK * V * 4 * 5,  # as fp32: logits, log_probs, exp, the product, and a gradient
         "kv_cache": rows * (prompt_tokens + config.max_new_tokens)

@@ -458,6 +458,8 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
         assert len(held_out) == 1
         answers.append([rows[i]["answer"] for rows in (train, held_out) for i in range(len(rows))])
     assert answers[0] == answers[1] == answers[2] == whole["answer"][:5]
+    with pytest.raises(ValueError, match="empty answer"):  # a missing number, as pandas writes it
+        ts.read_row({"i": dots(1), "q": "?", "a": float("nan")}, ("i", "q", "a"), tmp_path)
 
 
 @pytest.fixture
