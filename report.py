@@ -195,7 +195,8 @@ def look_closely(model, processor, config, rows):
         group_size=4,
         dynamic_sampling=False,
         gamma=1.0,
-    )  # gamma: so that masks are drawn; nothing is trained
+        gated=False,
+    )  # so that every question has a mask; nothing is trained
     groups, _ = roll_out(model, processor, config, iter(rows), generator)
     shown = []
     for group in groups:

@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import mean
@@ -37,6 +37,7 @@ import transformers
 from PIL import Image
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers.image_utils import load_image
 
 import toy
 from papo import (
@@ -293,8 +294,8 @@ def default_out(config, run) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-# What Pillow raises for a damaged or huge file.
-UNREADABLE = (OSError, SyntaxError, EOFError, Image.DecompressionBombError)
+# What Pillow raises for a damaged or huge file; RuntimeError where a codec is a library's, as for AVIF.
+UNREADABLE = (OSError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError)
 
 
 class Unusable(UserError):
@@ -319,6 +320,9 @@ class Rows:
         try:
             row = read_row(self.dataset[index], self.columns, self.folder)
             if self.processor:
+                row["images"] = [
+                    fit_image(self.processor, row["images"][0])
+                ]  # a photo may be ten times as large
                 row["prompt"] = encode_prompt(self.processor, row["problem"], row["images"][0])
                 if row["prompt"]["input_ids"].shape[1] > self.max_prompt_tokens:
                     raise ValueError(f"prompt longer than {self.max_prompt_tokens} tokens")
@@ -416,15 +420,18 @@ def read_row(row, columns, folder):
     image = images[0]
     if isinstance(image, dict):  # undecoded: {bytes, path}
         image = Image.open(io.BytesIO(image["bytes"])) if image.get("bytes") else image.get("path")
-    if isinstance(image, str) and "://" not in image and not image.startswith("data:"):
+    if isinstance(image, str) and ("://" in image or image.startswith("data:")):
+        with suppress(ValueError):  # what holds no image stays a string
+            image = load_image(image)
+    elif isinstance(image, str):
         image = Image.open(folder / image)
-    if not isinstance(image, (str, Image.Image)):
+    if not isinstance(image, Image.Image):
         raise ValueError("unreadable image")
-    if isinstance(image, Image.Image):
-        image.load()
+    image.load()
     problem, answer = row[problem_column], row[answer_column]
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError("problem is no text")
+    answer = None if answer != answer else answer  # NaN: a number that is missing
     if isinstance(answer, bool) or not isinstance(answer, (str, int, float)) or not str(answer).strip():
         raise ValueError(
             "empty answer" if answer is None or isinstance(answer, str) else "answer is no text or number"
@@ -493,21 +500,23 @@ def load_model(run):
                 f"--model {run.model} uses sliding-window attention, under which sampling and scoring differ: "
                 "set use_sliding_window to false in its config.json"
             )
-        processor = AutoProcessor.from_pretrained(run.model)
-        dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
         merge = adapter and not run.eval_only  # an adapter is evaluated as it was trained, beside its base
+        if merge and run.precision != "fp32":
+            raise UserError(
+                f"--model {run.model} is a LoRA adapter, and merged into bf16 weights most of its small updates are "
+                "lost: add --precision fp32"
+            )
+        processor = AutoProcessor.from_pretrained(run.model)
         model, report = AutoModelForImageTextToText.from_pretrained(
             base,
-            dtype=torch.float32 if merge else dtype,
+            dtype=torch.float32 if run.precision == "fp32" else torch.bfloat16,
             attn_implementation="sdpa",
             output_loading_info=True,
         )
         if adapter:
             model = peft.PeftModel.from_pretrained(model, run.model)
             model = model.merge_and_unload() if merge else model.base_model.model
-        for weight in model.parameters() if merge else ():  # buffers, such as rotary frequencies, stay fp32
-            weight.data = weight.data.to(dtype)
-            weight.requires_grad = True  # peft had frozen the base
+            model.requires_grad_(True)  # peft had frozen the base
     except UserError:
         raise
     except Exception as error:  # a missing file, a cut-off one, no network: the message says which
@@ -526,7 +535,7 @@ def load_model(run):
 
 
 def load(run):
-    """Model, processor, rows to train on, held-out rows."""
+    """Model, in host memory, processor, rows to train on, held-out rows."""
     if run.model:
         model, processor = load_model(run)
     if run.dataset:
@@ -539,7 +548,11 @@ def load(run):
             1
         )  # tensors this small gain little from a second core, and lose a lot where it is busy
         model, processor = toy.warm_start(run.digits, run.seed, task=run.task)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), processor, rows, held_out
+    return model, processor, rows, held_out
+
+
+def best_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -632,8 +645,8 @@ def layer_bytes(tokens, hidden, attention, mlp, width):
 
 
 def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str, float]:
-    """GiB that a run takes on its device, by part, and the peak: what stays plus the phase that takes most. The features of a
-    frozen tower wait in host memory, so they are a part, but not in the peak.
+    """GiB that a run takes on its device, by part, and the peak: what stays plus the phase that takes most. A batch's images,
+    as patches, or as features of a frozen tower, wait in host memory: a part, but not in the peak.
 
     Computed from shapes alone, so the model (before an adapter is added) may be on the meta device. Not in it: what the
     allocator wastes, and torch's own half GiB on a GPU."""
@@ -665,6 +678,7 @@ def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str
         activations = graphs * kept + max(one, seen)
     else:
         activations = graphs * (one * layers + (not frozen) * seen * vision.depth)
+    pixels = 3 * vision.temporal_patch_size * vision.patch_size**2  # numbers of a patch, fp32
     stacked = 1 + len(getattr(vision, "deepstack_visual_indexes", ()))
     rows = config.prompts_per_sample * max(config.group_size, SAMPLES)
     masked = config.gamma > 0 or config.eta2 > 0
@@ -673,8 +687,8 @@ def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str
         "gradients": trained * each,
         "optimizer": trained * each * (3 if kahan else 2),
         "reference": weights * (config.beta > 0 and not run.lora),
-        "features": bool(frozen)
-        * config.prompts_per_batch * (1 + masked) * image_tokens * H * stacked * width,
+        "features": config.prompts_per_batch * (1 + masked)
+        * (image_tokens * H * stacked * width if frozen else patches * pixels * 4),
         "activations": activations + graphs * 2 * L * L * width,  # and each pass's mask
         "logits": HEAD_CHUNK * V * 4 * 5,  # as fp32: logits, log_probs, exp, the product, and a gradient
         "kv_cache": rows * (prompt_tokens + config.max_new_tokens)
@@ -715,13 +729,15 @@ def explain_out_of_memory(config, phase, training=True):
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         sizes = ["group_size", "max_new_tokens", "prompts_per_sample", "tokens_per_forward"]
-        lower = "--tokens_per_forward"
+        lower = "lower --tokens_per_forward or --max_pixels, or "
         if phase in ("sample", "evaluate"):
-            lower = "--prompts_per_sample, --max_new_tokens"
+            lower = "lower --prompts_per_sample, --max_new_tokens or --max_pixels, or "
+        if phase == "load":
+            lower = ""
         help = "--lora 16 --precision bf16, --freeze_vision, --gpu_memory; the last checkpoint is whole"
         raise UserError(
             f"out of memory in phase {phase} with {', '.join(f'{name} {getattr(config, name)}' for name in sizes)}; "
-            f"lower {lower} or --max_pixels, or use {help if training else '--precision bf16'}"
+            f"{lower}use {help if training else '--precision bf16'}"
         ) from error
 
 
@@ -850,7 +866,11 @@ class Trainer:
     def write(self, folder, card, record):
         """The files of a checkpoint."""
         if self.run.merge:  # in fp32: what is added to a bf16 weight is mostly rounded away
-            copy.deepcopy(self.adapter).to("cpu").float().merge_and_unload().save_pretrained(folder)
+            weights = {  # the copy's, made in host memory: the GPU has no room for a second model
+                id(p): torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
+                for p in self.adapter.parameters()
+            }
+            copy.deepcopy(self.adapter, weights).to("cpu").merge_and_unload().save_pretrained(folder)
         elif self.adapter:  # without a config.json from_pretrained looks up the base model it names
             self.adapter.save_pretrained(folder)
         else:
@@ -875,7 +895,7 @@ class Trainer:
     def load(self, folder):
         """Go on from a checkpoint of the same run, bit for bit."""
         try:
-            state = torch.load(folder / "trainer_state.pt", weights_only=True)
+            state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
             if self.adapter:
                 peft.set_peft_model_state_dict(self.adapter, state["adapter"])
             else:
@@ -926,13 +946,16 @@ def claimed_folder(config, run, holds):
     """Set run.out to a folder that holds none of the files `holds`, and take it by creating the first of them, which only one
     process can. If what runs inside fails, all that was made is removed."""
     base = Path(run.out or default_out(config, run))
+    taken = (
+        holds if run.out else (*RUN_FILES, "eval.jsonl")
+    )  # a run and some model's evaluation share no default name
     for number in itertools.count(1):
         out = base if number == 1 else base.with_name(f"{base.name}-{number}")
-        made = [folder for folder in (out, *out.parents) if not folder.exists()]
         try:
-            if out.is_file() and run.out:
+            made = [folder for folder in (out, *out.parents) if not folder.exists()]
+            if run.out and os.path.lexists(out) and not out.is_dir():
                 raise UserError(f"--out {out} is a file")
-            if any((out / name).exists() for name in holds):
+            if any((out / name).exists() for name in taken):
                 raise FileExistsError
             out.mkdir(parents=True, exist_ok=True)
             (out / holds[0]).open("x").close()
@@ -996,8 +1019,12 @@ def find_run(config, run):
         changed = [f"{n} {before[n]} -> {now[n]}" for n in now if n not in FREE and before[n] != now[n]]
         if not changed and (record["settings"] or run.out):
             run.out = str(out)
-            if (whole := whole_checkpoint(out)).name != "checkpoint":
-                whole.rename(out / "checkpoint")
+            try:
+                if (whole := whole_checkpoint(out)).name != "checkpoint":
+                    whole.rename(out / "checkpoint")
+                (out / "config.json").open("a").close()
+            except OSError as error:
+                raise UserError(f"--out {out}: {error.strerror}") from None
             return record
         reasons.append(f"{out} was started with other settings: {', '.join(changed) or 'unknown ones'}")
     raise UserError(f"--resume: {'; '.join(reasons)}")
@@ -1036,7 +1063,8 @@ def note_signals():
         caught.append(number)
         for number, handler in at_once.items():
             signal.signal(number, handler)
-        os.write(2, b"\nstopping after this step, its evaluation and a save; once more stops at once\n")
+        with suppress(OSError):
+            os.write(2, b"\nstopping after this step, its evaluation and a save; once more stops at once\n")
 
     before = {number: signal.signal(number, note) for number in at_once}
     try:
@@ -1057,12 +1085,13 @@ def train(config, run):
     with nullcontext() if run.resume else claimed_folder(config, run, RUN_FILES):
         log = open_tracker(run, settings_of(config, run), len(record["history"]))
         model, processor, rows, held_out = load(run)
+        config = replace(config, patch_size=processor.image_processor.patch_size)
+        run.steps = run.steps or math.ceil(2 * len(rows) / config.prompts_per_batch)  # published: two epochs
+        sizes = estimate_memory(model, config, run, *longest_prompt(model, processor, run, held_out[0]))
+        print_estimate(sizes, best_device())  # before anything is on the GPU: it may be too much
+        with explain_out_of_memory(config, "load"):
+            trainer = Trainer(model.to(best_device()), processor, config, run, rows)
     out = Path(run.out)
-    config = replace(config, patch_size=processor.image_processor.patch_size)
-    run.steps = run.steps or math.ceil(2 * len(rows) / config.prompts_per_batch)  # published: two epochs
-    sizes = estimate_memory(model, config, run, *longest_prompt(model, processor, run, held_out[0]))
-    print_estimate(sizes, model.device)
-    trainer = Trainer(model, processor, config, run, rows)
     examples = [held_out[i] for i in range(min(3, len(held_out)))]
     with trainer.phase("evaluate"):
         before_looks = look_closely(model, processor, config, examples)
@@ -1114,8 +1143,11 @@ def train_steps(trainer, evaluation, history, log, caught):
         if step % run.eval_every == 0 or last:
             metrics |= evaluation()
         history.append(metrics)
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(as_lines([metrics]))
+        try:
+            with open(out / "metrics.jsonl", "a") as file:
+                file.write(as_lines([metrics]))
+        except OSError as error:
+            raise UserError(f"{out}/metrics.jsonl: {error.strerror}; the last checkpoint is whole") from error
         log(metrics)
         latest = next(line for line in reversed(history) if "eval_accuracy" in line)
         bar.set_postfix(
@@ -1168,6 +1200,7 @@ def evaluate_only(config, run):
         model, processor, _, rows = load(run)
         config = replace(config, patch_size=processor.image_processor.patch_size)
         with explain_out_of_memory(config, "evaluate", training=False):
+            model.to(best_device())
             seen, masked = (evaluate(model, processor, config, rows, masked=m) for m in (False, True))
     lines = [
         {
@@ -1219,5 +1252,23 @@ def main(argv=None):
         sys.exit(130)
 
 
+class Pipe:
+    """stdout or stderr whose reader may die first: Ctrl-C reaches the tee of `2>&1 | tee log`, too, and the run is yet to save."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 if __name__ == "__main__":
-    main()
+    with redirect_stdout(Pipe(sys.stdout)), redirect_stderr(Pipe(sys.stderr)):
+        main()

@@ -125,6 +125,19 @@ def test_optimizer_gradients_and_reference_are_what_is_allocated(flags):
     assert sizes["reference"] * 2**30 == pytest.approx(reference, rel=1e-9)
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_what_waits_in_host_memory_is_counted(frozen):
+    """A batch's images, plain and masked: features of a frozen vision tower, else their patches."""
+    model, processor, config, run = built(f"--freeze_vision {frozen}")
+    prompt = papo.encode_prompt(processor, "What?", ROWS[0]["images"][0])
+    image_tokens = int((prompt["input_ids"] == model.config.image_token_id).sum())
+    kept = prompt["pixel_values"].nbytes
+    if frozen:
+        kept = papo.encode_image(model, prompt)["features"].pooler_output[0].nbytes
+    sizes = ts.estimate_memory(model, config, run, prompt["input_ids"].shape[1], image_tokens)
+    assert sizes["features"] * 2**30 == pytest.approx(config.prompts_per_batch * 2 * kept, rel=1e-9)
+
+
 def test_the_cache_of_sampling_is_what_is_allocated():
     model, _, config, run = built("--prompts_per_sample 2")
     ids = torch.randint(100, 200, (2 * ts.SAMPLES, 50 + 40))  # prompts x samples rows of P + T

@@ -274,6 +274,22 @@ def test_a_signal_ends_the_step_saves_and_prints_what_goes_on(
     assert metrics(tmp_path / "twice") == metrics(whole)
 
 
+def test_ctrl_c_saves_also_where_it_ends_the_reader_of_the_output(world, tmp_path):
+    """`python train_small.py ... 2>&1 | tee log`: the terminal sends SIGINT to both."""
+    root, out = Path(__file__).resolve().parent.parent, tmp_path / "run"
+    argv = [*world, "--out", str(out), "--steps", "1000", "--save_every", "1000"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, str(root / "train_small.py"), *argv], env=one_thread, **pipes)
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 3:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert len(ts.read_record(out)["history"]) == len(metrics(out)) >= 3
+
+
 # --- one folder, one run ---------------------------------------------------------------------------------------------
 
 
@@ -305,8 +321,13 @@ def test_default_names_never_meet(world, tmp_path, monkeypatch, capsys):
     ts.main([*other, "--steps", "2", "--resume"])
     assert len(metrics(first)) == 3 and len(metrics(second)) == 3
     assert "mask_ratio 0.8 -> 0.5" in refused([*world, "--mask_ratio", "0.5", "--resume"], capsys)
-    ts.main([*world, "--eval_only", "--max_samples", "2"])
-    said = refused([*world, "--eval_only", "--max_samples", "2", "--out", str(first)], capsys)
+    before = contents(tmp_path)
+    ts.main([*world, "--eval_only", "--max_samples", "2"])  # of a model that is none of these runs'
+    third = first.with_name(f"{first.name}-3")
+    assert contents(tmp_path).keys() - before.keys() == {third / "eval.jsonl"}
+    ts.main([*world, "--steps", "1"])
+    assert [path.name for path in third.iterdir()] == ["eval.jsonl"]
+    said = refused([*world, "--eval_only", "--max_samples", "2", "--out", str(third)], capsys)
     assert "eval.jsonl" in said
 
 
@@ -360,11 +381,26 @@ def test_a_run_that_kept_settings_and_metrics_only_outside_goes_on(world, whole,
 def test_an_unwritable_folder_is_refused_before_any_work(below, world, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(ts, "load", lambda run: pytest.fail("something was loaded"))
     (tmp_path / "file").touch()
+    assert "too long" in refused([*world, "--out", "a" * 300], capsys)
+    (tmp_path / "link").symlink_to("nowhere")
+    for special in (os.devnull, tmp_path / "link"):
+        assert "is a file" in refused([*world, "--out", str(special)], capsys)
+    (tmp_path / "link").unlink()
     refused([*world, "--out", str(tmp_path / below)], capsys)
     refused([*world, "--eval_only", "--out", str(tmp_path / below)], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     if os.path.isdir("/proc"):
         assert "/proc/run" in refused([*world, "--out", "/proc/run"], capsys)
+
+
+def test_a_run_that_cannot_be_written_to_is_refused_before_any_work(
+    world, whole, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(ts, "load", lambda run: pytest.fail("something was loaded"))
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    (tmp_path / "run" / "config.json").mkdir()  # stands in for a file system that is read-only
+    assert "directory" in refused([*world, "--out", str(tmp_path / "run"), "--resume"], capsys).lower()
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(world, tmp_path, capsys, monkeypatch):
@@ -387,10 +423,17 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(world, tmp_path, 
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         assert "the last one is whole" in refused([*world, "--out", str(out)], capsys)
+        assert len(ts.read_record(out)["history"]) == 2
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        ts.main([*world, "--out", str(out), "--resume", "--steps", "2"])
+        size = (out / "metrics.jsonl").stat().st_size
+        step, tighter = ts.Trainer.step, (resource.RLIMIT_FSIZE, (size + 9, limits[1]))  # and metrics.jsonl
+        monkeypatch.setattr(ts.Trainer, "step", lambda self: (step(self), resource.setrlimit(*tighter))[0])
+        assert "the last checkpoint is whole" in refused([*world, "--out", str(out), "--resume"], capsys)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
-    assert len(ts.read_record(out)["history"]) == 2
+    monkeypatch.undo()
     ts.main([*world, "--out", str(out), "--resume"])
 
 

@@ -8,6 +8,7 @@ import datasets
 import optimi
 import pytest
 import torch
+import transformers
 from conftest import ARCHITECTURES, make_model, make_processor
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -174,6 +175,13 @@ def test_a_resumed_run_is_the_same_run(flags, one_folder, parquet, tmp_path, tra
     )
 
 
+def test_a_gated_run_ends(one_folder, parquet, tmp_path):
+    """Also where the responses of a question it shows are all right or all wrong: nothing is paid, but its mask is shown."""
+    flags = ["--gated", "True", "--steps", "1", "--out", str(tmp_path / "run"), *QUICK]
+    ts.main(["--model", one_folder, "--dataset", parquet, *flags])
+    assert (tmp_path / "run" / "samples.html").exists()
+
+
 def test_a_resumed_run_may_not_change_its_settings(one_folder, parquet, tmp_path, capsys):
     arguments = ["--model", one_folder, "--dataset", parquet, "--out", str(tmp_path / "r"), *QUICK]
     ts.main([*arguments, "--steps", "1"])
@@ -258,6 +266,44 @@ def test_an_adapter_on_an_adapter_is_refused_or_merged(one_folder, parquet, tmp_
         only_first = score(ts.load_model(ts.RunConfig(model=first))[0])
         assert torch.allclose(written, score(trained), atol=1e-4)
         assert not torch.allclose(written, only_first, atol=1e-4)
+
+
+def test_training_on_an_adapter_needs_fp32(one_folder, parquet, tmp_path, capsys):
+    """Merged into bf16 weights most of what it learned would be rounded away; as it was trained it can be evaluated."""
+    first = lora_run(
+        one_folder, parquet, tmp_path / "a", *"--lora 4 --precision bf16 --learning_rate 1e-5".split()
+    )
+    for flags in ("--lora 4 --merge --precision bf16", "--precision bf16-kahan", "--gpu-memory 24 --merge"):
+        with pytest.raises(SystemExit):
+            lora_run(first, parquet, tmp_path / "b", *flags.split())
+        assert "add --precision fp32" in capsys.readouterr().err.strip().splitlines()[-1]
+    ts.load_model(ts.RunConfig(model=first, precision="bf16", eval_only=True))
+
+
+def test_merging_makes_no_second_model_on_the_device(one_folder, parquet, tmp_path, monkeypatch):
+    """A parameter that deepcopy copies is copied where it lies: on a GPU, beside the original."""
+    save = ts.Trainer.save
+
+    def watched(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                torch.nn.Parameter,
+                "__deepcopy__",
+                lambda *_: pytest.fail("copied where it lies"),
+                raising=True,
+            )
+            save(*args)
+
+    monkeypatch.setattr(ts.Trainer, "save", watched)
+    lora_run(one_folder, parquet, tmp_path / "a", "--lora", "4", "--merge")
+
+
+def test_a_checkpoint_of_a_gpu_goes_on_without_one(one_folder, parquet, tmp_path, monkeypatch):
+    arguments = ["--model", one_folder, "--dataset", parquet, "--out", str(tmp_path / "r"), *QUICK]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+        ts.main([*arguments, "--steps", "1"])
+    ts.main([*arguments, "--steps", "2", "--resume"])
 
 
 def test_all_weights_are_trained_on_from_an_adapter(one_folder, parquet, tmp_path, trainers):
@@ -412,6 +458,8 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
         assert len(held_out) == 1
         answers.append([rows[i]["answer"] for rows in (train, held_out) for i in range(len(rows))])
     assert answers[0] == answers[1] == answers[2] == whole["answer"][:5]
+    with pytest.raises(ValueError, match="empty answer"):  # a missing number, as pandas writes it
+        ts.read_row({"i": dots(1), "q": "?", "a": float("nan")}, ("i", "q", "a"), tmp_path)
 
 
 @pytest.fixture
@@ -484,6 +532,68 @@ def test_an_image_that_goes_missing_during_a_run_is_skipped(one_folder, files, t
     ):
         next(stream)
     assert capsys.readouterr().out.count("skipping row") == 2  # one held out, one to train on
+
+
+def test_images_of_a_server_are_asked_for_once(one_folder, tmp_path, capsys):
+    """Each address answers its first request only, every third one with an error; an address may also be nonsense. The masked
+    image is made from what was fetched, reduced to what the vision tower sees."""
+    import http.server
+    import io
+    import threading
+
+    big, asked = io.BytesIO(), []
+    dots(5).resize((840, 840)).save(big, "PNG")
+
+    class Once(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            again, bad = self.path in asked, int(self.path[1:]) % 3 == 0
+            asked.append(self.path)
+            self.send_response(404 if again or bad else 200)
+            self.end_headers()
+            self.wfile.write(b"gone" if again or bad else big.getvalue())
+
+        log_message = lambda self, *_: None
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Once)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    dots(3).save(tmp_path / "three.png")
+    urls = [f"http://127.0.0.1:{server.server_port}/{i}" for i in range(30)]
+    urls += [f"s3://bucket/{i}.png" for i in range(4)] + [
+        "data:image/png;base64,????",
+        "three.png",
+        "three.png",
+    ]
+    rows = [{"images": url, "problem": "How many?", "answer": "5"} for url in urls]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*QUICK, "--eval_size", "2", "--steps", "3", "--out", str(tmp_path / "run")]
+    ts.main(["--model", one_folder, "--dataset", str(file), *flags])
+    said = capsys.readouterr().out
+    assert len(asked) == len(set(asked)) > 12 and said.count("skipping row") == 1
+    skipped = int(re.search(r"skipped (\d+) rows: unreadable image", said)[1])
+    assert skipped > 3 and metrics(tmp_path / "run")[3]["kl_prcp"] > 0
+    server.shutdown()
+    rows, _ = open_rows(one_folder, file, eval_size=2)
+    rows.dataset = [{"images": dots(5).resize((840, 840)), "problem": "How many?", "answer": "5"}]
+    assert rows[0]["images"][0].size == (112, 112)
+
+
+@pytest.mark.parametrize("ending", ["avif", "dds"])
+def test_a_damaged_image_of_any_codec_is_skipped(ending, one_folder, tmp_path):
+    """Some of Pillow's decoders raise a RuntimeError."""
+    path = tmp_path / f"0.{ending}"
+    dots(5).convert("RGBA").save(path)
+    whole = bytearray(path.read_bytes())
+    if ending == "dds":
+        whole[80:88] = bytes(8)  # a pixel format that there is not
+    else:
+        whole[-200:] = bytes(200)
+    path.write_bytes(whole)
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"images": path.name, "problem": "?", "answer": "5"}) + "\n" for _ in range(4))
+    )
+    with pytest.raises(ts.UserError, match="unreadable image"):
+        open_rows(one_folder, tmp_path / "rows.jsonl")
 
 
 def test_evaluation_only_skips_and_counts(one_folder, files, tmp_path, capsys):
@@ -660,6 +770,29 @@ def test_running_out_of_memory_names_the_phase_and_the_flags(
     said, message = capsys.readouterr()
     assert re.search(r"estimated memory: \d+\.\d GiB of the (GPU|machine)'s \d+", said)
     assert "phase update" in message and "--tokens_per_forward" in message and "max_new_tokens 6" in message
+
+
+def test_a_model_too_large_for_the_gpu_is_explained_beside_the_estimate(
+    one_folder, parquet, tmp_path, capsys, monkeypatch
+):
+    """The estimate stands there before anything is moved to the GPU, and the folder is free again."""
+
+    def exhausted(self, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"total_memory": 24 * 2**30})
+    )
+    monkeypatch.setattr(torch.nn.Module, "to", exhausted)
+    monkeypatch.setattr(transformers.PreTrainedModel, "to", exhausted)
+    arguments = ["--model", one_folder, "--dataset", parquet, "--out", str(tmp_path / "r"), *QUICK]
+    for flags, says in ((["--steps", "1"], "phase load"), (["--eval_only"], "phase evaluate")):
+        with pytest.raises(SystemExit) as stop:
+            ts.main([*arguments, *flags])
+        said, message = capsys.readouterr()
+        assert stop.value.code == 2 and says in message.splitlines()[-1] and not (tmp_path / "r").exists()
+        assert ("GiB of the GPU's 24" in said) == (says == "phase load")
 
 
 def test_evaluation_only_explains_running_out_of_memory(one_folder, parquet, tmp_path, capsys, monkeypatch):
