@@ -1,6 +1,6 @@
 """PAPO, Perception-Aware Policy Optimization: the whole algorithm in one file, in the order of its data flow.
 
-[1] Wang et al., "Perception-Aware Policy Optimization for Multimodal Reasoning", arXiv 2507.06448 (ICLR 2026).
+[1] Wang et al., "Perception-Aware Policy Optimization for Multimodal Reasoning", arXiv 2507.06448, ICLR 2026.
 [2] The authors' released code, github.com/MikeWangWZHL/PAPO.
 [3] Shao et al., "DeepSeekMath", arXiv 2402.03300 (GRPO).     [4] Yu et al., "DAPO", arXiv 2503.14476.
 [5] Schulman, "Approximating KL Divergence", joschu.net/blog/kl-approx.html, 2020.
