@@ -90,9 +90,9 @@ GROUPS = {  # --help: the fields under each heading
     "tokens_per_forward",
     "run": "eval_only eval_every resume save_every report_to",
 }
-USAGE = """python train_small.py [FLAGS]                             the embedded world
-       python train_small.py --model NAME --dataset NAME [FLAGS] a real model
-       python train_small.py [FLAGS] --resume                    go on with a run"""
+USAGE = """python train_small.py [FLAGS]                              embedded world
+       python train_small.py --model NAME --dataset NAME [FLAGS]  real model
+       python train_small.py [FLAGS] --resume                     go on with it"""
 
 
 class UserError(Exception):
@@ -373,12 +373,10 @@ def open_dataset(name, split):
         whole = builder and path.is_file() or (path / "state.json").exists()
         if whole and split != "train":
             raise UserError(f"--split {split}: {name} has no splits")
+        if whole and not builder:
+            return datasets.load_from_disk(name)
         if whole:
-            return (
-                datasets.load_dataset(builder, data_files=name, split="train")
-                if builder
-                else datasets.load_from_disk(name)
-            )
+            return datasets.load_dataset(builder, data_files=name, split="train")
         if builder or (path.is_absolute() or name.startswith(".")) and not path.exists():
             raise UserError(f"--dataset {name}: no such file or folder")
         ask_hub(name)
@@ -1192,9 +1190,8 @@ def going_on(argv, run):
     """The command that goes on with a run that was stopped."""
     words = [word for word in argv if word != "--resume"]
     named = any(word.split("=")[0] == "--out" for word in words)
-    return shlex.join(
-        ["python", "train_small.py", *words, *([] if named else ["--out", run.out]), "--resume"]
-    )
+    out = [] if named else ["--out", run.out]
+    return shlex.join(["python", "train_small.py", *words, *out, "--resume"])
 
 
 def main(argv=None):
