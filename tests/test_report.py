@@ -43,12 +43,12 @@ def test_text_from_a_model_is_escaped(tmp_path):
 
 def test_samples_say_what_ran_and_what_each_token_owes(tmp_path):
     """The run's name and settings, a number that needs no hovering under every shaded token, no <image>."""
-    tokens = [("I see ", 0.04), ("7", 1.26), ("\n", 0.5), ("x\n", -2.0)]
+    tokens = [("I see ", 0.04), ("0", 0.14), ("7", 1.26), ("\n", 0.5), ("x\n", -2.0)]
     text = page(tmp_path, look(tokens=tokens), plan={"algorithm": "papo-g, gamma 0.02"})
     assert "<h1>a run" in text and "<th>algorithm<td>papo-g, gamma 0.02" in text
     assert "image>" not in text and "image&gt;" not in text
     body = text.split("<section>")[1]
-    assert re.findall(r"<small>(.*?)</small>", body) == ["+1.3", "-2.0"] * 2  # before and after
+    assert re.findall(r"<small>(.*?)</small>", body) == ["+0.1", "+1.3", "-2.0"] * 2  # before and after
     scale = text.split("<section>")[0]
     assert re.findall(r"<small>(.*?)</small>", scale) == [f"{n:+d}.0" for n in range(-4, 5) if n]
     shades = [float(a) for a in re.findall(r"/ ([\d.]+)\)", scale.split("<p>")[-1])]
