@@ -21,14 +21,16 @@ import signal
 import sys
 import time
 import warnings
+from argparse import SUPPRESS, HelpFormatter
 from collections import Counter
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Literal
 
 import datasets
+import huggingface_hub
 import optimi
 import peft
 import psutil
@@ -39,6 +41,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from transformers.image_utils import load_image
 
+import report
 import toy
 from papo import (
     HEAD_CHUNK,
@@ -63,46 +66,35 @@ from report import SAMPLES, look_closely, model_card, plot_curves, plot_tokens, 
 
 # What makes an algorithm, without the sizes of the published runs: these fields of the preset of that name.
 ALGORITHMS = {"grpo": "grpo", "dapo": "dapo", "papo-g": "papo-g-3b", "papo-d": "papo-d-3b"}
-ALGORITHM_FIELDS = (
-    "gamma",
-    "beta",
-    "eta1",
-    "eta2",
-    "masked_grad",
-    "clip_high",
-    "aggregation",
-    "dynamic_sampling",
-)
+ALGORITHM_FIELDS = "gamma beta eta1 eta2 masked_grad clip_high aggregation dynamic_sampling".split()
 # The sizes that suit the embedded world; --preset brings the published ones back.
 TOY_SIZES = dict(
-    group_size=8,
-    prompts_per_batch=16,
-    updates_per_batch=2,
-    max_new_tokens=64,
-    prompts_per_sample=48,
+    group_size=8, prompts_per_batch=16, updates_per_batch=2, max_new_tokens=64, prompts_per_sample=48, steps=40,
     learning_rate=1e-4,
-    steps=40,
     gradient_checkpointing=False,
-)
+)  # fmt: skip
 GPU_SIZES = {  # --gpu-memory: what fits with a 3B model, prompts of 1,536 tokens of which 1,280 are the image's
-    24: dict(
-        precision="bf16",
-        lora=16,
-        freeze_vision=True,
-        tokens_per_forward=4096,
-        prompts_per_sample=4,
-        max_new_tokens=1024,
-    ),
-    48: dict(
-        precision="bf16",
-        lora=64,
-        freeze_vision=True,
-        tokens_per_forward=8192,
-        prompts_per_sample=12,
-        max_new_tokens=2048,
-    ),
+    24: dict(precision="bf16", lora=16, freeze_vision=True, tokens_per_forward=4096, prompts_per_sample=4,
+             max_new_tokens=1024),
+    48: dict(precision="bf16", lora=64, freeze_vision=True, tokens_per_forward=8192, prompts_per_sample=12,
+             max_new_tokens=2048),
     80: dict(precision="bf16-kahan", tokens_per_forward=8192, prompts_per_sample=16, max_new_tokens=2048),
+}  # fmt: skip
+GROUPS = {  # --help: the fields under each heading
+    "start here": "help gamma algorithm preset model dataset gpu_memory steps seed out",
+    "algorithm": "beta eta1 eta2 gated clip_low clip_high clip_dual aggregation masked_grad entropy_estimate "
+    "mask_ratio patch_size dynamic_sampling max_redraws format_weight",
+    "sampling and batches": "group_size temperature top_p max_new_tokens prompts_per_batch updates_per_batch "
+    "learning_rate weight_decay max_grad_norm",
+    "data": "task digits eval_size split max_samples image_column problem_column answer_column min_pixels max_pixels "
+    "max_prompt_tokens",
+    "model and memory": "precision lora merge freeze_vision gradient_checkpointing prompts_per_sample "
+    "tokens_per_forward",
+    "run": "eval_only eval_every resume save_every report_to",
 }
+USAGE = """python train_small.py [FLAGS]                              embedded world
+       python train_small.py --model NAME --dataset NAME [FLAGS]  real model
+       python train_small.py [FLAGS] --resume                     go on with it"""
 
 
 class UserError(Exception):
@@ -119,16 +111,14 @@ class RunConfig:
     )
     preset: str = option(
         None,
-        "every value of a published recipe: papo-g-3b, papo-g-7b, papo-g-qwen3-2b, papo-g-no-ref, "
-        "papo-d-3b, papo-d-7b, grpo, dapo",
+        "every value of a published recipe: papo-g-3b, papo-g-7b, papo-g-qwen3-2b, papo-g-no-ref, papo-d-3b, "
+        "papo-d-7b, grpo, dapo; default: none",
     )
     seed: int = option(0, "decides the warm start, the questions, the samples and the masks")
-    steps: int = option(
-        None, "rollout batches to train on; default 40 in the embedded world, else two epochs as published"
-    )
+    steps: int = option(None, "rollout batches to train on; default: two epochs, as published")
     out: str = option(
         None,
-        "folder of the run, which must not hold one yet; default runs/ALGORITHM-gammaGAMMA-seedSEED, with a number "
+        "folder of the run, which must not hold one yet; default: runs/ALGORITHM-gammaGAMMA-seedSEED, with a number "
         "behind it where that is taken",
     )
     task: Literal["sum", "largest"] = option("sum", "embedded world: what is asked about the digits")
@@ -141,38 +131,28 @@ class RunConfig:
         "go on with the run in --out exactly from its checkpoint; without --out, with the newest of the default name "
         "and these settings",
     )
-    eval_only: bool = option(
-        False, "answer every question 8 times, with the image and with it masked; do not train"
-    )
+    eval_only: bool = option(False, "do not train: answer all questions 8 times, also with the image masked")
     model: str = option(
         None, "hub name or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL; default: the embedded world's"
     )
-    dataset: str = option(
-        None, "hub name, folder, .parquet or .jsonl of questions; default: the embedded world's"
-    )
+    dataset: str = option(None, "hub name, folder, .parquet or .jsonl; default: the embedded world's")
     split: str = option(
-        "train", "split of the data set; its last --eval_size questions, at most a quarter, are held out"
+        "train", "split of the data set; its last --eval-size questions, at most a quarter, are held out"
     )
-    max_samples: int = option(None, "use only the first so many rows")
+    max_samples: int = option(None, "use only the first so many rows; default: all")
     image_column: str = option("images", "column with the image, or a list of one")
     problem_column: str = option("problem", "column with the question, which may say <image>")
     answer_column: str = option("answer", "column with the answer")
-    min_pixels: int = option(
-        200704, "smaller images of --dataset are enlarged to this area (published: 200704)"
-    )
-    max_pixels: int = option(
-        1003520, "larger images of --dataset are reduced to this area (published: 1003520)"
-    )
-    max_prompt_tokens: int = option(
-        4096, "rows of --dataset with a longer prompt are skipped (published: 4096)"
-    )
+    min_pixels: int = option(200704, "smaller images of --dataset are enlarged to this area, as published")
+    max_pixels: int = option(1003520, "larger images of --dataset are reduced to this area, as published")
+    max_prompt_tokens: int = option(4096, "rows of --dataset with a longer prompt are skipped, as published")
     gradient_checkpointing: bool = option(
         True, "recompute activations in backward: less memory, about a third more time"
     )
     lora: int = option(
         None,
         "train a LoRA adapter of this rank instead of all weights; typical 16 to 64. The default learning rate is then "
-        "ten times as high (Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora)",
+        "ten times as high (Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora); default: none",
     )
     merge: bool = option(
         False,
@@ -181,10 +161,10 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "bf16-kahan"] = option(
         "fp32", "of the weights; bf16 needs --lora, bf16-kahan compensates the rounding of small updates"
     )
-    freeze_vision: bool = option(
-        False, "do not train the vision tower; its features are computed once per image"
+    freeze_vision: bool = option(False, "do not train the vision tower: its features are computed only once")
+    gpu_memory: Literal[24, 48, 80] = option(
+        None, "settings for a GPU of so many GiB (README); default: none"
     )
-    gpu_memory: Literal[24, 48, 80] = option(None, "settings for a GPU of so many GiB, listed in the README")
     report_to: Literal["none", "tensorboard", "trackio", "wandb"] = option(
         "none", "also send every line of metrics.jsonl to this tracker, which pip installs"
     )
@@ -192,31 +172,22 @@ class RunConfig:
     def __post_init__(self):
         for name, value in vars(self).items():
             if isinstance(value, str) and not value.strip():
-                raise ValueError(f"--{name} is empty")
-        for name in (
-            "eval_size",
-            "eval_every",
-            "save_every",
-            "steps",
-            "max_samples",
-            "lora",
-            "min_pixels",
-            "max_prompt_tokens",
-        ):
+                raise ValueError(f"--{name.replace('_', '-')} is empty")
+        for (
+            name
+        ) in "eval_size eval_every save_every steps max_samples lora min_pixels max_prompt_tokens".split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must lie in [0, 2^32), got {self.seed}")
         if self.eval_only and self.resume:
-            raise ValueError("--resume goes on training, --eval_only trains nothing: give one of them")
+            raise ValueError("--resume goes on training, --eval-only trains nothing: give one of them")
         if self.precision != "fp32" and not self.model:
             raise ValueError(
-                "--precision, and --gpu_memory which sets it, need --model: the embedded world's model is fp32"
+                "--precision, and --gpu-memory which sets it, need --model: the embedded world is fp32"
             )
         if self.lora and not self.model and not self.merge:
-            raise ValueError(
-                "--lora needs --model, or --merge: an adapter alone cannot be loaded without a base model's name"
-            )
+            raise ValueError("--lora needs --model, or --merge: an adapter is loaded by a base model's name")
         if not 1 <= self.digits <= 9:
             raise ValueError(f"digits must lie in [1, 9], got {self.digits}")
         if self.max_pixels < self.min_pixels:
@@ -235,7 +206,30 @@ class RunConfig:
 
 
 class Parser(HfArgumentParser):
-    """A flag for each dataclass field; what is wrong on the command line becomes one line."""
+    """A flag for each dataclass field, under the headings of GROUPS; what is wrong on the command line becomes one line."""
+
+    def add_argument(self, *flags, help, default=None, **settings):
+        """Called for each field with both spellings of its flag: both are read, the one with dashes is shown."""
+        name = settings.get("dest") or flags[-1].strip("-").replace("-", "_")
+        if "dest" in settings:  # --no-NAME: read, but --NAME False is shown
+            help = SUPPRESS
+        elif name != "help":
+            help, _, words = help.partition("; default: ")  # in words where None stands for something
+            others = {"embedded world": TOY_SIZES.get(name, default)}
+            if name in ALGORITHM_FIELDS and not words:
+                others = {a: getattr(PAPOConfig.preset(preset), name) for a, preset in ALGORITHMS.items()}
+            values = [("default:", words or default), *((w, v) for w, v in others.items() if v != default)]
+            shown = [f"{w} {v:g}" if isinstance(v, float) else f"{w} {v}" for w, v in values]
+            help += f" ({'; '.join(shown)})"
+            if "choices" not in settings:
+                kind = "True|False" if "nargs" in settings else "NAME"
+                settings["metavar"] = {int: "N", float: "X"}.get(settings["type"], kind)
+        if not hasattr(self, "groups"):
+            self.groups = {title: self.add_argument_group(title) for title in GROUPS}
+        title = next(title for title, names in GROUPS.items() if name in names.split())
+        action = self.groups[title].add_argument(*flags, help=help, default=default, **settings)
+        action.option_strings = [flag for flag in flags if "_" not in flag]
+        return action
 
     def error(self, message):
         raise UserError(message)  # argparse would print the whole usage first
@@ -248,7 +242,12 @@ def algorithm_of(preset: str) -> str:
 
 def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
     """Flags beat --gpu-memory, which beats the preset or algorithm, the embedded world's sizes and the dataclass defaults."""
-    parser = Parser([PAPOConfig, RunConfig], description=__doc__.split("\n")[0], allow_abbrev=False)
+    about = (
+        f"{__doc__.split(':')[0]}. A flag beats --gpu-memory, which beats --preset or --algorithm, which beat the "
+        "defaults below. Flags with underscores are read, too."
+    )
+    kinds = dict(formatter_class=HelpFormatter, allow_abbrev=False)
+    parser = Parser([PAPOConfig, RunConfig], usage=USAGE, description=about, **kinds)
     try:
         first = parser.parse_args(argv)
         recipe = asdict(PAPOConfig.preset(first.preset or ALGORITHMS[first.algorithm]))
@@ -267,22 +266,22 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
         raise UserError(error) from None
     if run.preset and run.algorithm != algorithm_of(run.preset):
         raise UserError(f"--preset {run.preset} is not --algorithm {run.algorithm}: leave one of them out")
-    if run.preset:
-        published = PAPOConfig.preset(run.preset)
-        changed = [
-            f"{f.name} {getattr(published, f.name)} -> {getattr(config, f.name)}"
-            for f in fields(config)
-            if getattr(config, f.name) != getattr(published, f.name)
-        ]
-        print(
-            f"preset {run.preset}"
-            + (f", deviating in: {', '.join(changed)}" if changed else ", as published")
-        )
-    elif run.algorithm in ("grpo", "dapo") and (config.gamma or config.eta1 or config.eta2):
+    if run.algorithm in ("grpo", "dapo") and not run.preset and (config.gamma or config.eta1 or config.eta2):
         raise UserError(
             f"{run.algorithm} has gamma = eta1 = eta2 = 0; with them it is --algorithm papo-{'gd'[run.algorithm == 'dapo']}"
         )
     return config, run
+
+
+def recipe_of(config, run) -> str:
+    """The algorithm, its weights, and what deviates from the preset."""
+    weights = "".join(f", {name} {getattr(config, name):g}" for name in ("gamma", "beta", "eta1", "eta2"))
+    text = run.algorithm + weights + ", gated" * config.gated
+    if run.preset:
+        pairs = zip(asdict(PAPOConfig.preset(run.preset)).items(), asdict(config).values())
+        changed = [f"{name} {old} -> {new}" for (name, old), new in pairs if new != old]
+        text += f"; preset {run.preset} " + (f"but for {', '.join(changed)}" if changed else "as published")
+    return text
 
 
 def default_out(config, run) -> str:
@@ -380,14 +379,13 @@ def open_dataset(name, split):
         whole = builder and path.is_file() or (path / "state.json").exists()
         if whole and split != "train":
             raise UserError(f"--split {split}: {name} has no splits")
+        if whole and not builder:
+            return datasets.load_from_disk(name)
         if whole:
-            return (
-                datasets.load_dataset(builder, data_files=name, split="train")
-                if builder
-                else datasets.load_from_disk(name)
-            )
+            return datasets.load_dataset(builder, data_files=name, split="train")
         if builder or (path.is_absolute() or name.startswith(".")) and not path.exists():
             raise UserError(f"--dataset {name}: no such file or folder")
+        ask_hub(name)
         return datasets.load_dataset(name, split=split)
     except UserError:
         raise
@@ -397,16 +395,21 @@ def open_dataset(name, split):
         ) from None
 
 
+def ask_hub(name):
+    """Before a hub name is looked up: without a network only in the cache, instead of asking six times for each file."""
+    if Path(name).exists() or huggingface_hub.is_offline_mode():
+        return
+    try:
+        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
+        print(f"{name}: from the hub, unless it is in its cache")
+    except Exception:  # no name server, no route, no answer: each has an error of its own
+        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+
+
 def hub_hint(path):
     """What to try where a name is no local folder, so that the hub was asked."""
-    return (
-        ""
-        if path.exists()
-        else (
-            " here or from the hub (is there a network? Without --model and --dataset the embedded "
-            "world runs offline)"
-        )
-    )
+    offline = "Without --model and --dataset the embedded world runs offline"
+    return "" if path.exists() else f" here or from the hub (is there a network? {offline})"
 
 
 def read_row(row, columns, folder):
@@ -440,7 +443,7 @@ def read_row(row, columns, folder):
 
 
 def load_rows(run, processor):
-    """Rows to train on, each checked when it is drawn, and held-out ones, checked here: the last usable --eval_size, at most a
+    """Rows to train on, each checked when it is drawn, and held-out ones, checked here: the last usable --eval-size, at most a
     quarter, or all if nothing is trained. Unusable rows are skipped and counted by reason; none is cut to fit."""
     dataset = open_dataset(run.dataset, run.split)
     columns = run.image_column, run.problem_column, run.answer_column
@@ -491,6 +494,7 @@ def load_model(run):
                 f"--model {run.model} is a LoRA adapter, and a second one on top of it cannot be loaded without it: "
                 "add --merge, which writes whole models"
             )
+        ask_hub(base)
         settings = AutoConfig.from_pretrained(base)
         if (kind := settings.model_type) not in SUPPORTED:
             raise UserError(f"--model {run.model} is a {kind}; supported are {', '.join(SUPPORTED)}")
@@ -542,11 +546,11 @@ def load(run):
         rows, held_out = load_rows(run, processor)
     else:
         rows = toy.toy_dataset("train", 2048, run.digits, run.seed, run.task)
-        held_out = toy.toy_dataset("test", run.eval_size, run.digits, 0, run.task)  # the same for every seed
+        # Held out are the same questions for every seed.
+        held_out = toy.toy_dataset("test", run.eval_size, run.digits, 0, run.task)
     if not run.model:
-        torch.set_num_threads(
-            1
-        )  # tensors this small gain little from a second core, and lose a lot where it is busy
+        # Tensors this small gain little from a second core, and lose a lot where it is busy.
+        torch.set_num_threads(1)
         model, processor = toy.warm_start(run.digits, run.seed, task=run.task)
     return model, processor, rows, held_out
 
@@ -667,10 +671,8 @@ def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str
     weights = sum(p.nbytes for p in model.parameters())
     layers, graphs = text.num_hidden_layers, 1 + (config.gamma > 0 and config.masked_grad != "detached")
     one = layer_bytes(L, H, text.num_attention_heads * head, text.intermediate_size, width)
-    patches, size = (
-        image_tokens * vision.spatial_merge_size**2,
-        getattr(vision, "embed_dim", vision.hidden_size),
-    )
+    patches = image_tokens * vision.spatial_merge_size**2
+    size = getattr(vision, "embed_dim", vision.hidden_size)
     mlp = getattr(vision, "intermediate_size", None) or int(size * vision.mlp_ratio)
     seen = layer_bytes(patches, size, size, mlp, width)
     if run.gradient_checkpointing:
@@ -703,16 +705,33 @@ def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str
     return {name: size / 2**30 for name, size in sizes.items()}
 
 
-def print_estimate(sizes, device):
+def memory_text(sizes, device):
     """The estimate beside what there is: the GPU's memory, or else the machine's."""
     on_gpu = device.type == "cuda"
     there = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     named = {name if name != "features" else "features in host memory": size for name, size in sizes.items()}
     parts = ", ".join(f"{name} {size:.1f}" for name, size in named.items() if name != "peak" and size >= 0.05)
-    print(
-        f"estimated memory: {sizes['peak']:.1f} GiB of the {'GPU' if on_gpu else 'machine'}'s {there / 2**30:.0f}"
-        + (f" ({parts})" if parts else "")
+    text = f"estimated {sizes['peak']:.1f} GiB of the {'GPU' if on_gpu else 'machine'}'s {there / 2**30:.0f}"
+    return text + (f" ({parts})" if parts else "")
+
+
+def describe(model, run, questions):
+    """What is about to run, on what: {word: text}, which print_block prints."""
+    count = sum(weight.numel() for weight in model.parameters()) / 1e6
+    trained = (f", LoRA of rank {run.lora}" if run.lora else "") + ", frozen vision tower" * run.freeze_vision
+    cpu = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    data = (
+        f"{run.dataset}, split {run.split}" if run.dataset else f"{run.digits} handwritten digits, {run.task}"
     )
+    return {
+        "model": f"{run.model or 'the embedded world'}: {count:,.1f} M parameters, {run.precision}{trained}",
+        "device": torch.cuda.get_device_name() if best_device().type == "cuda" else cpu,
+        "data": f"{data}: {questions}",
+    }
+
+
+def print_block(lines):
+    print("\n" + "\n".join(f"{word:11}{text}" for word, text in lines.items()) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -729,12 +748,12 @@ def explain_out_of_memory(config, phase, training=True):
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         sizes = ["group_size", "max_new_tokens", "prompts_per_sample", "tokens_per_forward"]
-        lower = "lower --tokens_per_forward or --max_pixels, or "
+        lower = "lower --tokens-per-forward or --max-pixels, or "
         if phase in ("sample", "evaluate"):
-            lower = "lower --prompts_per_sample, --max_new_tokens or --max_pixels, or "
+            lower = "lower --prompts-per-sample, --max-new-tokens or --max-pixels, or "
         if phase == "load":
             lower = ""
-        help = "--lora 16 --precision bf16, --freeze_vision, --gpu_memory; the last checkpoint is whole"
+        help = "--lora 16 --precision bf16, --freeze-vision, --gpu-memory; the last checkpoint is whole"
         raise UserError(
             f"out of memory in phase {phase} with {', '.join(f'{name} {getattr(config, name)}' for name in sizes)}; "
             f"{lower}use {help if training else '--precision bf16'}"
@@ -778,11 +797,8 @@ class Trainer:
         )
         trained = [p for p in model.parameters() if p.requires_grad]
         kahan = run.precision == "bf16-kahan" and not run.lora  # an adapter's weights are fp32 in any case
-        self.optimizer = (
-            optimi.AdamW(trained, **settings, kahan_sum=True)
-            if kahan
-            else torch.optim.AdamW(trained, **settings)
-        )
+        settings |= {"kahan_sum": True} if kahan else {}
+        self.optimizer = (optimi.AdamW if kahan else torch.optim.AdamW)(trained, **settings)
 
     @contextmanager
     def without_adapter(self):
@@ -878,19 +894,11 @@ class Trainer:
         self.processor.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / "run.json").write_text(json.dumps(record, allow_nan=False))
-        adapter = (
-            peft.get_peft_model_state_dict(self.adapter) if self.adapter else None
-        )  # small, and not rounded by a merge
-        torch.save(
-            {
-                "step": self.steps_done,
-                "rows": self.rows.count,
-                "generator": self.generator.get_state(),
-                "adapter": adapter,
-                "optimizer": self.optimizer.state_dict(),
-            },
-            folder / "trainer_state.pt",
-        )
+        # The adapter is small, and here it is not rounded by a merge.
+        adapter = peft.get_peft_model_state_dict(self.adapter) if self.adapter else None
+        state = {"step": self.steps_done, "rows": self.rows.count, "generator": self.generator.get_state()}
+        state |= {"adapter": adapter, "optimizer": self.optimizer.state_dict()}
+        torch.save(state, folder / "trainer_state.pt")
 
     def load(self, folder):
         """Go on from a checkpoint of the same run, bit for bit."""
@@ -1031,7 +1039,7 @@ def find_run(config, run):
 
 
 def open_tracker(run, settings, first_step):
-    """A function that hands one line of metrics to --report_to, whose library is imported only when it is asked for."""
+    """A function that hands one line of metrics to --report-to, whose library is imported only when it is asked for."""
     if run.report_to == "none":
         return lambda line: None
     try:
@@ -1040,7 +1048,7 @@ def open_tracker(run, settings, first_step):
         else:
             library = importlib.import_module(run.report_to)
     except ImportError:
-        raise UserError(f"--report_to {run.report_to}: pip install {run.report_to}") from None
+        raise UserError(f"--report-to {run.report_to}: pip install {run.report_to}") from None
     if run.report_to == "tensorboard":
         writer = SummaryWriter(run.out, purge_step=first_step)  # hides what was logged after the checkpoint
 
@@ -1088,7 +1096,13 @@ def train(config, run):
         config = replace(config, patch_size=processor.image_processor.patch_size)
         run.steps = run.steps or math.ceil(2 * len(rows) / config.prompts_per_batch)  # published: two epochs
         sizes = estimate_memory(model, config, run, *longest_prompt(model, processor, run, held_out[0]))
-        print_estimate(sizes, best_device())  # before anything is on the GPU: it may be too much
+        plan = describe(model, run, f"{len(rows):,} questions to train on, {len(held_out)} held out") | {
+            "algorithm": recipe_of(config, run),
+            "steps": f"{run.steps} of {config.prompts_per_batch} questions x {config.group_size} responses in "
+            f"{config.updates_per_batch} updates; seed {run.seed}",
+            "memory": memory_text(sizes, best_device()),
+        }
+        print_block(plan | {"output": f"{run.out}/"})  # before anything is on the GPU: it may be too much
         with explain_out_of_memory(config, "load"):
             trainer = Trainer(model.to(best_device()), processor, config, run, rows)
     out = Path(run.out)
@@ -1115,7 +1129,8 @@ def train(config, run):
     else:
         history = [{"step": 0, **evaluation()}]
         log(history[0])
-    write_whole(out / "config.json", json.dumps(settings_of(config, run), indent=2, allow_nan=False) + "\n")
+    settings = settings_of(config, run) | {"versions": report.versions(), "device": plan["device"]}
+    write_whole(out / "config.json", json.dumps(settings, indent=2, allow_nan=False) + "\n")
     write_whole(out / "metrics.jsonl", as_lines(history))
     with note_signals() as caught:
         train_steps(trainer, evaluation, history, log, caught)
@@ -1123,20 +1138,15 @@ def train(config, run):
         raise Stopped(caught[0])
     if isinstance(rows, Rows):
         rows.say_skipped()
-    leave_behind(trainer, history, before_looks, look_closely(model, processor, config, examples))
+    leave_behind(trainer, history, plan, before_looks, look_closely(model, processor, config, examples))
 
 
 def train_steps(trainer, evaluation, history, log, caught):
     """Step, evaluate, log and save until run.steps, or until the end of the step in which a signal is caught: only there is
     the state one that an undisturbed run passes through, too."""
     config, run, out = trainer.config, trainer.run, Path(trainer.run.out)
-    bar = tqdm(
-        range(trainer.steps_done + 1, run.steps + 1),
-        desc=run.algorithm,
-        unit="step",
-        initial=trainer.steps_done,
-        total=run.steps,
-    )
+    steps = range(trainer.steps_done + 1, run.steps + 1)
+    bar = tqdm(steps, run.algorithm, run.steps, initial=trainer.steps_done, unit="step")
     for step in bar:
         metrics = trainer.step()
         last = step == run.steps
@@ -1150,17 +1160,12 @@ def train_steps(trainer, evaluation, history, log, caught):
             raise UserError(f"{out}/metrics.jsonl: {error.strerror}; the last checkpoint is whole") from error
         log(metrics)
         latest = next(line for line in reversed(history) if "eval_accuracy" in line)
-        bar.set_postfix(
-            reward=f"{metrics.get('reward', 0):.2f}",
-            accuracy=f"{metrics.get('accuracy', 0):.2f}",
-            **{"kl_prcp": f"{metrics['kl_prcp']:.3f}"} if "kl_prcp" in metrics else {},
-            held_out=f"{latest['eval_accuracy']:.2f}",
-        )
-        if metrics["groups"] < config.prompts_per_batch:
-            tqdm.write(
-                f"step {step}: trained on {metrics['groups']} mixed groups, all there were after "
-                f"{metrics['redraws']} redraws"
-            )
+        shown = {
+            name: f"{metrics[name]:.3f}" for name in ("reward", "accuracy", "kl_prcp") if name in metrics
+        }
+        bar.set_postfix(shown, held_out=f"{latest['eval_accuracy']:.3f}")
+        if (few := metrics["groups"]) < config.prompts_per_batch:
+            tqdm.write(f"step {step}: {few} mixed groups, all there were after {metrics['redraws']} redraws")
         stopping = bool(caught)  # once: a signal from here on is for the next step
         if step % run.save_every == 0 or last or stopping:
             card = model_card(config, run, step, evaluation_in(history[0]), evaluation_in(latest))
@@ -1169,29 +1174,25 @@ def train_steps(trainer, evaluation, history, log, caught):
             break
 
 
-def leave_behind(trainer, history, before_looks, after_looks):
+def leave_behind(trainer, history, plan, before_looks, after_looks):
     """The pictures and tables of a finished run."""
     out = Path(trainer.run.out)
-    write_samples(out / "samples.html", before_looks, after_looks)
+    write_samples(out / "samples.html", plan, before_looks, after_looks)
     plot_tokens(out / "tokens.png", after_looks[0])
-    title = f"{trainer.run.preset or trainer.run.algorithm}, gamma {trainer.config.gamma:g}, seed {trainer.run.seed}"
-    plot_curves(out / "curves.png", history, title)
+    plot_curves(out / "curves.png", history, f"{plan['algorithm'].split(';')[0]}, seed {trainer.run.seed}")
     last = [evaluation_in(line) for line in history if "eval_accuracy" in line][-1]
     print_table("held-out questions, % of responses", {"before": evaluation_in(history[0]), "after": last})
     total = sum(trainer.seconds.values())
-    print(
-        "\n"
-        + "\n".join(
-            f"{name:10} {seconds:6.0f} s  {seconds / total:4.0%}  peak memory {trainer.memory[name]:.1f} GiB"
+    print_block(
+        {
+            name: f"{seconds:5.0f} s  {seconds / total:4.0%}  peak memory {trainer.memory[name]:.1f} GiB"
             for name, seconds in trainer.seconds.items()
-        )
+        }
     )
-    (out / "phases.json").write_text(
-        json.dumps({"seconds": trainer.seconds, "peak_GiB": trainer.memory}, indent=2) + "\n"
-    )
-    print(
-        f"written to {out}/: config.json, metrics.jsonl, phases.json, curves.png, tokens.png, samples.html, checkpoint/"
-    )
+    phases = {"seconds": trainer.seconds, "peak_GiB": trainer.memory}
+    (out / "phases.json").write_text(json.dumps(phases, indent=2) + "\n")
+    for name in "samples.html curves.png tokens.png metrics.jsonl checkpoint/README.md".split():
+        print((out / name).resolve().as_uri())
 
 
 def evaluate_only(config, run):
@@ -1199,6 +1200,8 @@ def evaluate_only(config, run):
     with claimed_folder(config, run, ("eval.jsonl",)) as out:
         model, processor, _, rows = load(run)
         config = replace(config, patch_size=processor.image_processor.patch_size)
+        questions = f"{len(rows)} questions, {SAMPLES} responses each, as many with the image masked"
+        print_block(describe(model, run, questions) | {"output": f"{out}/"})
         with explain_out_of_memory(config, "evaluate", training=False):
             model.to(best_device())
             seen, masked = (evaluate(model, processor, config, rows, masked=m) for m in (False, True))
@@ -1217,16 +1220,15 @@ def evaluate_only(config, run):
     columns = {"image": summarise(seen), "masked": summarise(masked)}
     columns["gap"] = {name: columns["image"][name] - columns["masked"][name] for name in columns["image"]}
     print_table(f"{len(rows)} questions, % of responses", columns)
-    print(f"\nwritten to {out}/eval.jsonl")
+    print(f"\n{(out / 'eval.jsonl').resolve().as_uri()}")
 
 
 def going_on(argv, run):
     """The command that goes on with a run that was stopped."""
     words = [word for word in argv if word != "--resume"]
     named = any(word.split("=")[0] == "--out" for word in words)
-    return shlex.join(
-        ["python", "train_small.py", *words, *([] if named else ["--out", run.out]), "--resume"]
-    )
+    out = [] if named else ["--out", run.out]
+    return shlex.join(["python", "train_small.py", *words, *out, "--resume"])
 
 
 def main(argv=None):
@@ -1235,7 +1237,9 @@ def main(argv=None):
     # A library's progress bars and its plans for later versions are not the user's business.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", message="Glyph .* missing")  # in a picture of what a model wrote
     try:
         config, run = parse_args(argv)
         (evaluate_only if run.eval_only else train)(config, run)

@@ -132,8 +132,8 @@ def world(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "dots.parquet"
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
     sizes = (
-        "--group_size 2 --prompts_per_batch 2 --updates_per_batch 2 --max_new_tokens 4 --eval_size 2 --eval_every 2 --steps 3 "
-        "--save_every 1 --learning_rate 1e-3 --min_pixels 4704 --max_pixels 15680"
+        "--group-size 2 --prompts-per-batch 2 --updates-per-batch 2 --max-new-tokens 4 --eval-size 2 --eval-every 2 --steps 3 "
+        "--save-every 1 --learning-rate 1e-3 --min-pixels 4704 --max-pixels 15680"
     ).split()
     return ["--model", make_folder("qwen2_5_vl", tmp_path_factory), "--dataset", str(path), *sizes]
 
@@ -176,8 +176,8 @@ def contents(folder):
 
 def test_killed_at_20_random_moments(programs, world, tmp_path):
     """SIGKILL by the clock and right before file operations, most of which are a save's; go on; kill again. After each, a
-    whole checkpoint at most --save_every steps behind the log; in the end the very metrics of a run that nobody disturbed."""
-    world = [*world, "--steps", "10", "--save_every", "2"]
+    whole checkpoint at most --save-every steps behind the log; in the end the very metrics of a run that nobody disturbed."""
+    world = [*world, "--steps", "10", "--save-every", "2"]
     assert programs.run([*world, "--out", str(tmp_path / "whole")]) == 0
     expected, moments = metrics(tmp_path / "whole"), random.Random(0)
     out, kills, finished = tmp_path / "0", 0, 0
@@ -258,7 +258,7 @@ def test_a_signal_ends_the_step_saves_and_prints_what_goes_on(
 ):
     """In the first of step 2's two updates: the second follows, then a checkpoint. A second signal stops at once."""
     out, before = tmp_path / "a blank", len(programs.log.read_text())
-    argv = [*world, "--out", str(out), "--save_every", "100"]
+    argv = [*world, "--out", str(out), "--save-every", "100"]
     assert programs.run(argv, updates=[[3, number]]) == 128 + number
     assert metrics(out) == metrics(whole)[:3]
     said = programs.log.read_text()[before:]
@@ -310,7 +310,7 @@ def test_a_folder_that_holds_a_run_is_refused(world, whole, tmp_path, capsys, mo
 def test_default_names_never_meet(world, tmp_path, monkeypatch, capsys):
     """Same gamma and seed, other settings: a number behind the name; --resume finds the newest of its own settings."""
     monkeypatch.chdir(tmp_path)
-    other = [*world, "--mask_ratio", "0.8"]
+    other = [*world, "--mask-ratio", "0.8"]
     first, second = tmp_path / "runs/papo-g-gamma0.02-seed0", tmp_path / "runs/papo-g-gamma0.02-seed0-2"
     ts.main([*world, "--steps", "1"])
     before = contents(first)
@@ -320,14 +320,14 @@ def test_default_names_never_meet(world, tmp_path, monkeypatch, capsys):
     assert len(metrics(first)) == 3 and len(metrics(second)) == 2
     ts.main([*other, "--steps", "2", "--resume"])
     assert len(metrics(first)) == 3 and len(metrics(second)) == 3
-    assert "mask_ratio 0.8 -> 0.5" in refused([*world, "--mask_ratio", "0.5", "--resume"], capsys)
+    assert "mask_ratio 0.8 -> 0.5" in refused([*world, "--mask-ratio", "0.5", "--resume"], capsys)
     before = contents(tmp_path)
-    ts.main([*world, "--eval_only", "--max_samples", "2"])  # of a model that is none of these runs'
+    ts.main([*world, "--eval-only", "--max-samples", "2"])  # of a model that is none of these runs'
     third = first.with_name(f"{first.name}-3")
     assert contents(tmp_path).keys() - before.keys() == {third / "eval.jsonl"}
     ts.main([*world, "--steps", "1"])
     assert [path.name for path in third.iterdir()] == ["eval.jsonl"]
-    said = refused([*world, "--eval_only", "--max_samples", "2", "--out", str(third)], capsys)
+    said = refused([*world, "--eval-only", "--max-samples", "2", "--out", str(third)], capsys)
     assert "eval.jsonl" in said
 
 
@@ -359,8 +359,22 @@ def test_a_checkpoint_says_itself_what_it_was_made_with(world, whole, tmp_path, 
     (out / "checkpoint" / "run.json").write_text(json.dumps(record))
     ts.main([*world, "--out", str(out), "--resume"])
     assert "clip_dual 3.0 -> 4.0" in refused(
-        [*world, "--clip_dual", "4", "--out", str(out), "--resume"], capsys
+        [*world, "--clip-dual", "4", "--out", str(out), "--resume"], capsys
     )
+
+
+def test_versions_are_written_and_are_no_settings(world, whole, tmp_path):
+    """config.json says with what code a run was made; a run goes on without that, and with other versions."""
+    config = json.loads((whole / "config.json").read_text())
+    assert config["versions"]["torch"] == torch.__version__ and config["device"]
+    for change in ({"versions": {"torch": "0.1"}, "device": "abacus"}, {}):
+        out = tmp_path / str(len(change))
+        shutil.copytree(whole, out)
+        (out / "checkpoint" / "run.json").unlink()  # so that config.json is read
+        rest = {name: value for name, value in config.items() if name not in ("versions", "device")}
+        (out / "config.json").write_text(json.dumps(rest | change))
+        ts.main([*world, "--out", str(out), "--resume"])
+        assert json.loads((out / "config.json").read_text()) == config | {"resume": True, "out": str(out)}
 
 
 def test_a_run_that_kept_settings_and_metrics_only_outside_goes_on(world, whole, programs, tmp_path, capsys):
@@ -387,7 +401,7 @@ def test_an_unwritable_folder_is_refused_before_any_work(below, world, tmp_path,
         assert "is a file" in refused([*world, "--out", str(special)], capsys)
     (tmp_path / "link").unlink()
     refused([*world, "--out", str(tmp_path / below)], capsys)
-    refused([*world, "--eval_only", "--out", str(tmp_path / below)], capsys)
+    refused([*world, "--eval-only", "--out", str(tmp_path / below)], capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     if os.path.isdir("/proc"):
         assert "/proc/run" in refused([*world, "--out", "/proc/run"], capsys)
@@ -453,11 +467,11 @@ def test_metrics_are_strict_json_and_hold_only_what_was_measured(world, tmp_path
         }
 
     monkeypatch.setattr(ts, "papo_step", strange)
-    ts.main([*world, "--out", str(tmp_path / "a"), "--steps", "2", "--clip_dual", "inf"])
+    ts.main([*world, "--out", str(tmp_path / "a"), "--steps", "2", "--clip-dual", "inf"])
     for line in strict("[" + ",".join((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) + "]"):
         assert not {"loss", "grad_norm", "kl_ref"} & set(line) and (not line["step"] or "policy_loss" in line)
     assert strict((tmp_path / "a" / "config.json").read_text())["clip_dual"] == "inf"
-    ts.main([*world, "--out", str(tmp_path / "a"), "--steps", "3", "--clip_dual", "inf", "--resume"])
+    ts.main([*world, "--out", str(tmp_path / "a"), "--steps", "3", "--clip-dual", "inf", "--resume"])
 
 
 def test_a_metric_of_some_updates_is_averaged_over_those(world, tmp_path, monkeypatch):
@@ -504,11 +518,11 @@ class FakeTracker:
 def test_a_tracker_gets_every_line(name, world, tmp_path, monkeypatch):
     tracker = FakeTracker()
     monkeypatch.setitem(sys.modules, name, tracker)
-    ts.main([*world, "--out", str(tmp_path / "a"), "--steps", "2", "--report_to", name])
+    ts.main([*world, "--out", str(tmp_path / "a"), "--steps", "2", "--report-to", name])
     assert [line for _, line in tracker.lines] == metrics(tmp_path / "a")
     assert [step for step, _ in tracker.lines] == [0, 1, 2]
     assert tracker.begun[0]["name"] == "a" and tracker.begun[0]["config"]["gamma"] == 0.02
-    ts.main([*world, "--out", str(tmp_path / "a"), "--steps", "3", "--report_to", name, "--resume"])
+    ts.main([*world, "--out", str(tmp_path / "a"), "--steps", "3", "--report-to", name, "--resume"])
     assert [step for step, _ in tracker.lines] == [0, 1, 2, 3]
 
 
@@ -518,7 +532,7 @@ def test_a_missing_tracker_is_named_before_any_work(name, world, tmp_path, monke
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setattr(ts, "load", lambda run: pytest.fail("something was loaded"))
     assert f"pip install {name}" in refused(
-        [*world, "--report_to", name, "--out", str(tmp_path / "a")], capsys
+        [*world, "--report-to", name, "--out", str(tmp_path / "a")], capsys
     )
     assert not (tmp_path / "a").exists()
 

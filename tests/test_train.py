@@ -1,8 +1,14 @@
 """train_small.py: the program, on tiny model folders and local data sets of the published formats."""
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from urllib.request import url2pathname
 
 import datasets
 import optimi
@@ -14,13 +20,12 @@ from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import papo
-import report
 import toy
 import train_small as ts
 
 QUICK = (
-    "--group_size 2 --prompts_per_batch 4 --updates_per_batch 2 --prompts_per_sample 4 --max_new_tokens 6 --eval_size 4 "
-    "--eval_every 2 --learning_rate 1e-3 --min_pixels 4704 --max_pixels 15680"
+    "--group-size 2 --prompts-per-batch 4 --updates-per-batch 2 --prompts-per-sample 4 --max-new-tokens 6 --eval-size 4 "
+    "--eval-every 2 --learning-rate 1e-3 --min-pixels 4704 --max-pixels 15680"
 ).split()
 
 
@@ -119,7 +124,17 @@ def test_train_checkpoint_load_and_evaluate(folder, parquet, trainers, tmp_path,
         "samples.html",
         "checkpoint",
     }
-    assert "accuracy (avg@8)" in capsys.readouterr().out
+    said, noise = capsys.readouterr()
+    before, after = said.split("accuracy (avg@8)")
+    words = [line.split()[0] for line in before.splitlines() if line.strip()]
+    assert words == [*"model device data algorithm steps memory output held-out".split()]
+    assert (
+        f"{out}/" in before and "papo-g, gamma 0.02, beta 0.01" in before and "2 of 4 questions x 2" in before
+    )
+    paths = [url2pathname(word.removeprefix("file://")) for word in after.split() if word.startswith("file:")]
+    assert len(paths) == 5 and all(os.path.isfile(path) for path in paths)
+    bars = {line.split(":")[0] for line in noise.replace("\r", "\n").splitlines() if line.strip()}
+    assert bars == {"checking held-out rows", "papo-g"}  # no library says anything
     lines = metrics(out)
     assert (
         [line["step"] for line in lines] == [0, 1, 2]
@@ -137,12 +152,8 @@ def test_train_checkpoint_load_and_evaluate(folder, parquet, trainers, tmp_path,
     assert greedy(loaded) == greedy(trained)
 
     card = (out / "checkpoint" / "README.md").read_text()
-    assert (
-        card.startswith("---\n")
-        and f'base_model: "{folder}"' in card
-        and "PAPO-G" in card
-        and "gamma: 0.02" in card
-    )
+    assert card.startswith("---\n") and "PAPO-G" in card and "gamma: 0.02" in card
+    assert str(tmp_path) not in card and folder not in card and parquet not in card
     ts.main(
         [
             "--eval-only",
@@ -150,7 +161,7 @@ def test_train_checkpoint_load_and_evaluate(folder, parquet, trainers, tmp_path,
             str(out / "checkpoint"),
             "--dataset",
             parquet,
-            "--max_samples",
+            "--max-samples",
             "8",
             "--out",
             str(tmp_path / "eval"),
@@ -162,7 +173,7 @@ def test_train_checkpoint_load_and_evaluate(folder, parquet, trainers, tmp_path,
     assert "gap" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flags", ["", "--lora 4 --precision bf16", "--precision bf16-kahan --freeze_vision"])
+@pytest.mark.parametrize("flags", ["", "--lora 4 --precision bf16", "--precision bf16-kahan --freeze-vision"])
 def test_a_resumed_run_is_the_same_run(flags, one_folder, parquet, tmp_path, trainers):
     """Four steps, and two steps resumed to four: the same metrics and weights to the bit."""
     arguments = ["--model", one_folder, "--dataset", parquet, *QUICK, *flags.split()]
@@ -317,7 +328,7 @@ def test_all_weights_are_trained_on_from_an_adapter(one_folder, parquet, tmp_pat
 
 def test_merging_keeps_what_was_trained_on_bf16_weights(one_folder, parquet, tmp_path, trainers):
     """Small updates, as lr 1e-6 makes them: the merged checkpoint differs from its base by all of them, bf16 keeps a part."""
-    flags = "--lora 4 --merge --precision bf16 --learning_rate 1e-5".split()
+    flags = "--lora 4 --merge --precision bf16 --learning-rate 1e-5".split()
     merged = AutoModelForImageTextToText.from_pretrained(
         lora_run(one_folder, parquet, tmp_path / "a", *flags)
     )
@@ -334,7 +345,7 @@ def test_merging_keeps_what_was_trained_on_bf16_weights(one_folder, parquet, tmp
 
 def test_an_adapter_is_evaluated_as_it_was_trained(one_folder, parquet, tmp_path, trainers):
     """Beside its bf16 base, not merged into it: the same scores to the bit."""
-    flags = "--lora 4 --precision bf16 --learning_rate 1e-4".split()
+    flags = "--lora 4 --precision bf16 --learning-rate 1e-4".split()
     adapter = lora_run(one_folder, parquet, tmp_path / "a", *flags)
     loaded, processor = ts.load_model(ts.RunConfig(model=adapter, precision="bf16", eval_only=True))
     trained, prompt = trainers[0].model.eval(), papo.encode_prompt(processor, "How many dots?", dots(2))
@@ -348,7 +359,7 @@ def test_an_adapter_is_evaluated_as_it_was_trained(one_folder, parquet, tmp_path
             adapter,
             "--dataset",
             parquet,
-            "--max_samples",
+            "--max-samples",
             "2",
             "--out",
             str(tmp_path / "e"),
@@ -357,7 +368,7 @@ def test_an_adapter_is_evaluated_as_it_was_trained(one_folder, parquet, tmp_path
     )
 
 
-def test_lora_has_a_learning_rate_of_its_own(capsys):
+def test_lora_has_a_learning_rate_of_its_own():
     """Ten times full fine-tuning's, unless one is given."""
     rate = lambda *flags: ts.parse_args(list(flags))[0].learning_rate
     assert rate("--model", "x") == 1e-6 and rate("--model", "x", "--lora", "8") == 1e-5
@@ -366,9 +377,10 @@ def test_lora_has_a_learning_rate_of_its_own(capsys):
         rate("--model", "x", "--gpu-memory", "24") == 1e-5
         and rate("--model", "x", "--gpu-memory", "80") == 1e-6
     )
-    assert rate("--model", "x", "--lora", "8", "--learning_rate", "3e-6") == 3e-6
+    assert rate("--model", "x", "--lora", "8", "--learning-rate", "3e-6") == 3e-6
     assert rate("--model", "x", "--lora", "8", "--preset", "papo-g-3b") == 1e-5
-    assert "learning_rate 1e-06 -> 1e-05" in capsys.readouterr().out
+    line = ts.recipe_of(*ts.parse_args(["--model", "x", "--lora", "8", "--preset", "papo-g-3b"]))
+    assert "learning_rate 1e-06 -> 1e-05" in line
 
 
 def test_a_preset_is_of_an_algorithm():
@@ -597,9 +609,9 @@ def test_a_damaged_image_of_any_codec_is_skipped(ending, one_folder, tmp_path):
 
 
 def test_evaluation_only_skips_and_counts(one_folder, files, tmp_path, capsys):
-    small = "--min_pixels 4704 --max_pixels 15680 --max_new_tokens 2 --max_samples 5".split()
+    small = "--min-pixels 4704 --max-pixels 15680 --max-new-tokens 2 --max-samples 5".split()
     out = tmp_path / "eval"
-    ts.main(["--eval_only", "--model", one_folder, "--dataset", str(files), "--out", str(out), *small])
+    ts.main(["--eval-only", "--model", one_folder, "--dataset", str(files), "--out", str(out), *small])
     lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     assert [line["answer"] for line in lines] == ["1", "2", "4"]
     assert "skipped 2 rows: unreadable image" in capsys.readouterr().out
@@ -644,11 +656,13 @@ def test_kahan_follows_fp32_where_plain_bf16_stands_still():
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def test_a_preset_sets_the_published_values_and_reports_deviations(capsys):
-    config, _ = ts.parse_args(["--preset", "papo-d-7b", "--group_size", "4"])
+def test_a_preset_sets_the_published_values_and_reports_deviations():
+    config, run = ts.parse_args(["--preset", "papo-d-7b", "--group-size", "4"])
     assert (config.gamma, config.eta1, config.learning_rate, config.group_size) == (0.01, 0.03, 1e-6, 4)
     assert config.dynamic_sampling and config.masked_grad == "entropy"
-    assert "group_size 5 -> 4" in capsys.readouterr().out
+    line = ts.recipe_of(config, run)
+    assert line.startswith("papo-d, gamma 0.01, beta 0, eta1 0.03, eta2 0.03") and "group_size 5 -> 4" in line
+    assert ts.recipe_of(*ts.parse_args(["--preset", "papo-g-3b"])).endswith("preset papo-g-3b as published")
     config, run = ts.parse_args(["--algorithm", "papo-d", "--gamma", "0.1"])
     assert (
         config.gamma == 0.1
@@ -660,9 +674,103 @@ def test_a_preset_sets_the_published_values_and_reports_deviations(capsys):
     assert (run.lora, run.precision, config.group_size) == (8, "bf16", 5) and run.gradient_checkpointing
 
 
-def test_every_flag_has_a_help_text():
-    for cls in (papo.PAPOConfig, ts.RunConfig):
-        assert all(len(f.metadata.get("help", "")) > 10 for f in cls.__dataclass_fields__.values())
+ALL_FIELDS = [field for cls in (papo.PAPOConfig, ts.RunConfig) for field in fields(cls)]
+
+
+@pytest.fixture
+def help_text(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        ts.main(["--help"])
+    return capsys.readouterr().out
+
+
+def test_help_shows_every_flag_once_in_its_group(help_text):
+    """As it reads in a terminal of 80 columns: six groups of flags, each spelled with dashes."""
+    grouped = [name for names in ts.GROUPS.values() for name in names.split()]
+    assert sorted(grouped) == sorted(["help", *(field.name for field in ALL_FIELDS)])
+    usage, _, *parts = help_text.split("\n\n")
+    titles = "start here, algorithm, sampling and batches, data, model and memory, run".split(", ")
+    assert len(usage.splitlines()) == 3 and [part.split(":")[0] for part in parts] == titles
+    assert max(map(len, help_text.splitlines())) <= 80
+    for title, part in zip(titles, parts):
+        shown = re.findall(r"^  (?:-h, )?--([a-z0-9-]+)", part, re.M)
+        assert sorted(shown) == sorted(ts.GROUPS[title].replace("_", "-").split())
+    assert not re.search(r"--\w+_|\bNone\b", help_text)
+
+
+def test_help_shows_the_defaults_that_hold(help_text):
+    """What it says is what an empty command line gives, one with a --model, and one with each --algorithm."""
+    commands = {"embedded world": [], "default": ["--model", "x"]}
+    commands |= {name: ["--model", "x", "--algorithm", name] for name in ts.ALGORITHMS}
+    given = {
+        who: {k: v for c in ts.parse_args(argv) for k, v in vars(c).items()} for who, argv in commands.items()
+    }
+    shown = {}
+    for block in re.split(r"\n  (?=--)", help_text)[1:]:
+        text = " ".join(block.split("\n\n")[0].split())
+        name = text.split()[0].strip("-").replace("-", "_")
+        shown[name] = text[text.index("(default: ") + 10 :].removesuffix(")").split("; ")
+    for field in ALL_FIELDS:
+        default, *others = shown[field.name]
+        said = dict(part.rsplit(" ", 1) for part in others)
+        for who in commands:
+            claim, value = said.get(who, default), given[who][field.name]
+            if field.name not in ("model", "algorithm") and (field.default is not None or who in said):
+                assert claim == str(value) or float(claim) == value, (field.name, who)
+    assert shown["steps"] == ["two epochs, as published", "embedded world 40"]
+    assert shown["gamma"] == ["0.02", "grpo 0", "dapo 0", "papo-d 0.01"]
+    assert shown["group_size"] == ["5", "embedded world 8"] and shown["lora"] == ["none"]
+
+
+def test_both_spellings_of_a_flag_are_read_and_errors_name_the_one_with_dashes(capsys):
+    for flag in ("--group-size", "--group_size"):
+        assert ts.parse_args([flag, "3"])[0].group_size == 3
+        with pytest.raises(ts.UserError, match="argument --group-size: invalid int"):
+            ts.parse_args([flag, "many"])
+    for flags in (
+        "--no-gradient-checkpointing",
+        "--no_gradient_checkpointing",
+        "--gradient-checkpointing False",
+    ):
+        assert not ts.parse_args(["--model", "x", *flags.split()])[1].gradient_checkpointing
+    code = "".join(Path(path).read_text() for path in (ts.__file__, papo.__file__))
+    assert not re.findall(r"--[a-z]+_\w+", code)
+
+
+def test_without_a_network_a_hub_name_is_answered_at_once(one_folder, tmp_path):
+    """Of a model and of a data set; what is in the hub's cache is still found. The hub here is a port nobody listens on."""
+    cached = tmp_path / "home" / "hub" / "models--some--model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    (cached / "snapshots").mkdir()
+    (cached / "snapshots" / ("0" * 40)).symlink_to(one_folder)
+    code = """
+import time, huggingface_hub, datasets, train_small as ts
+def ask(look, name):
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+    start = time.perf_counter()
+    try:
+        look(name)
+        print("found", end=" ")
+    except ts.UserError as error:
+        assert "is there a network?" in str(error)
+    print(time.perf_counter() - start)
+ask(lambda name: ts.load_model(ts.RunConfig(model=name)), "nobody/nothing")
+ask(lambda name: ts.open_dataset(name, "train"), "nobody/nothing")
+ask(lambda name: ts.load_model(ts.RunConfig(model=name)), "some/model")
+"""
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(ts.__file__).parent,
+        env={**os.environ, **home},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    model, dataset, known = run.stdout.splitlines()
+    assert float(model) < 6 and float(dataset) < 6 and known.startswith("found ")
 
 
 @pytest.mark.parametrize(
@@ -673,8 +781,8 @@ def test_every_flag_has_a_help_text():
         ("--gamma -1", "gamma must lie in"),
         ("--gamma much", "invalid float"),
         ("--gamma nan", "gamma must lie in"),
-        ("--mask_ratio 1.5", "mask_ratio must lie in"),
-        ("--group_size 1", "group_size must lie in"),
+        ("--mask-ratio 1.5", "mask_ratio must lie in"),
+        ("--group-size 1", "group_size must lie in"),
         ("--digits 0", "digits must lie in"),
         ("--steps 0", "steps must be at least 1"),
         ("--algorithm ppo", "invalid choice"),
@@ -682,16 +790,16 @@ def test_every_flag_has_a_help_text():
         ("--merge", "--merge needs --lora"),
         ("--model {folder} --precision bf16", "lose most updates"),
         ("--precision bf16-kahan", "need --model: the embedded world"),
-        ("--gpu-memory 80", "--gpu_memory which sets it, need --model"),
+        ("--gpu-memory 80", "--gpu-memory which sets it, need --model"),
         ("--preset papo-d-3b --algorithm grpo", "--preset papo-d-3b is not --algorithm grpo"),
         ("--preset papo-d-3b --algorithm papo-g", "--preset papo-d-3b is not --algorithm papo-g"),
-        ("--resume --eval_only", "give one of them"),
-        ("--report_to excel", "invalid choice"),
+        ("--resume --eval-only", "give one of them"),
+        ("--report-to excel", "invalid choice"),
         ("--model {nan}", "has NaN or infinite weights in 1 tensors"),
         ("--out {parquet}/run", "Not a directory"),
         *(
             (f"--{name}=", f"--{name} is empty")
-            for name in "preset out model dataset split image_column".split()
+            for name in "preset out model dataset split image-column".split()
         ),
         ("--resume", "there is no"),
         ("--model ./nowhere", "no such folder"),
@@ -768,8 +876,8 @@ def test_running_out_of_memory_names_the_phase_and_the_flags(
             ]
         )
     said, message = capsys.readouterr()
-    assert re.search(r"estimated memory: \d+\.\d GiB of the (GPU|machine)'s \d+", said)
-    assert "phase update" in message and "--tokens_per_forward" in message and "max_new_tokens 6" in message
+    assert re.search(r"memory +estimated \d+\.\d GiB of the (GPU|machine)'s \d+", said)
+    assert "phase update" in message and "--tokens-per-forward" in message and "max_new_tokens 6" in message
 
 
 def test_a_model_too_large_for_the_gpu_is_explained_beside_the_estimate(
@@ -784,6 +892,7 @@ def test_a_model_too_large_for_the_gpu_is_explained_beside_the_estimate(
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda _: type("Properties", (), {"total_memory": 24 * 2**30})
     )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(torch.nn.Module, "to", exhausted)
     monkeypatch.setattr(transformers.PreTrainedModel, "to", exhausted)
     arguments = ["--model", one_folder, "--dataset", parquet, "--out", str(tmp_path / "r"), *QUICK]
@@ -800,11 +909,11 @@ def test_evaluation_only_explains_running_out_of_memory(one_folder, parquet, tmp
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(ts, "sample_and_grade", exhausted)
-    flags = ["--eval_only", "--model", one_folder, "--dataset", parquet, "--max_samples", "2"]
+    flags = ["--eval-only", "--model", one_folder, "--dataset", parquet, "--max-samples", "2"]
     with pytest.raises(SystemExit) as stop:
         ts.main([*flags, "--out", str(tmp_path / "r")])
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert stop.value.code == 2 and "phase evaluate" in message and "lower --prompts_per_sample" in message
+    assert stop.value.code == 2 and "phase evaluate" in message and "lower --prompts-per-sample" in message
     assert "checkpoint" not in message and not (tmp_path / "r").exists()
 
 
@@ -825,30 +934,6 @@ def test_a_short_run_improves_the_policy(warm_start):
     after = ts.summarise(ts.evaluate(model, processor, config, held_out))
     assert after["accuracy"] > before["accuracy"] + 0.05
     assert after["error_perception"] < before["error_perception"] - 0.05
-
-
-def test_text_from_a_model_is_escaped(tmp_path):
-    shown = {
-        "row": {"problem": "<script>alert(1)</script>", "answer": "<b>"},
-        "image": dots(1),
-        "masked": dots(2),
-        "responses": [
-            {
-                "tokens": [("<img src=x onerror=alert(1)>", 1.0)],
-                "score": {"reward": 0.0},
-                "advantage": 0.0,
-                "error": None,
-            }
-        ],
-    }
-    report.write_samples(tmp_path / "s.html", [shown], [shown])
-    page = (tmp_path / "s.html").read_text()
-    assert (
-        "<script>" not in page
-        and "<img src=x" not in page
-        and "&lt;script&gt;" in page
-        and "http" not in page
-    )
 
 
 def test_the_readme_is_about_this_code():
