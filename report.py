@@ -146,7 +146,7 @@ def model_card(config, run, steps, before, after):
         base=base or "the embedded world's warm start",
         data=f"`{dataset}`, split `{run.split}`"
         if dataset
-        else f"{run.digits} handwritten digits each: {run.task} (toy.py)",
+        else f"the {run.task} of {run.digits} handwritten digits (toy.py)",
         version=PAPO_H * is_h,
         results="\n".join(f"| {label} | {old:.1f} | {new:.1f} |" for label, old, new in measured),
         settings="\n".join(f"| {name} | {value} | {words} |" for name, value, words in rows),

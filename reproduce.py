@@ -255,11 +255,11 @@ def measured(lines, measure, when):
 
 
 def write_table(runs, path):
-    """results/arms.csv, in percent: each arm's mean over its seeds; over the seeds it shares with its
-    baseline the paired difference, and that relative to the baseline's mean, which is taken as exact. A
+    """results/arms.csv, in percent (read: all digits read right; lucky: right although they are not): each arm's
+    mean over its seeds; over the seeds it shares with its baseline the paired difference, and that relative to the baseline's mean, which is taken as exact. A
     baseline of all is compared with none."""
     measures = ["accuracy", *(f"accuracy_{kind}" for kind in reversed(toy.DEPENDENCIES))]
-    measures += [f"error_{kind}" for kind in toy.ERROR_TYPES]
+    measures += [*(f"error_{kind}" for kind in toy.ERROR_TYPES), "read", "lucky"]
     header = (
         "arm seeds step measure mean half_interval baseline shared_seeds minus_baseline minus_half_interval"
     )

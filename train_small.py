@@ -721,7 +721,9 @@ def describe(model, run, questions):
     trained = (f", LoRA of rank {run.lora}" if run.lora else "") + ", frozen vision tower" * run.freeze_vision
     cpu = f"CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
     data = (
-        f"{run.dataset}, split {run.split}" if run.dataset else f"{run.digits} handwritten digits, {run.task}"
+        f"{run.dataset}, split {run.split}"
+        if run.dataset
+        else f"{run.task} of {run.digits} handwritten digits"
     )
     return {
         "model": f"{run.model or 'the embedded world'}: {count:,.1f} M parameters, {run.precision}{trained}",

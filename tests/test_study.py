@@ -66,7 +66,7 @@ def test_the_study_runs_and_resumes(tmp_path):
     """reproduce.py --quick: two arms, two seeds; a second call repeats nothing."""
     reproduce.main(["--quick", "--out", str(tmp_path), "--workers", "2"])
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
-    assert len(made) == 4 and (tmp_path / "arms.csv").read_text().count("\n") == 1 + 2 * 3 * 9
+    assert len(made) == 4 and (tmp_path / "arms.csv").read_text().count("\n") == 1 + 2 * 3 * 11
     assert (tmp_path / "main.png").exists() and "grpo" in (tmp_path / "texts.md").read_text()
     reproduce.main(["--quick", "--out", str(tmp_path), "--workers", "2"])
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
