@@ -319,12 +319,12 @@ def trl_steps(works, questions=(16, 4), tokens=40):
         class InTurn(TrainerCallback):
             """A step of train_small's after each of TRL's, the first round unmeasured."""
 
+            def on_train_begin(self, *_, **__):
+                self.stop = start_clock()
+
             def on_step_end(self, *_, **__):
                 theirs, ours = self.stop(), sum(small())
                 rounds.append((ours, theirs))
-                self.on_train_begin()
-
-            def on_train_begin(self, *_, **__):
                 self.stop = start_clock()
 
         with tempfile.TemporaryDirectory() as folder:
@@ -332,7 +332,7 @@ def trl_steps(works, questions=(16, 4), tokens=40):
             trainer.add_callback(InTurn())
             trainer.train()
         notes = [f"{median(times):.2f} s" for times in zip(*rounds[1:])]
-        yield work.name, f"{n} x 8 x {tokens}", spread([ours / trl for ours, trl in rounds[1:]]), *notes
+        yield work.name, f"{n} x 8 x {tokens}", spread([ours / theirs for ours, theirs in rounds[1:]]), *notes
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -37,9 +37,9 @@ class PAPOTrainer(GRPOTrainer):
     """GRPOTrainer with PAPO's objective. B: responses in one forward pass of one process; P, T: their longest
     prompt and response.
 
-    model: loaded from a hub name or folder, where TRL finds the reference policy again. kwargs: the others of
-    GRPOTrainer; train_dataset has columns images (one, as fit_image leaves it), problem, answer, row (its
-    number). Raises ValueError as check_settings does."""
+    config: PAPOConfig, kept as self.papo. model: loaded from a hub name or folder, where TRL finds the
+    reference policy again. kwargs: the others of GRPOTrainer; train_dataset has columns images (one, as
+    fit_image leaves it), problem, answer, row (its number). Raises ValueError as check_settings does."""
 
     # ---- PAPO, in the order of a step ----
 

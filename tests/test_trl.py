@@ -415,11 +415,14 @@ def test_an_entropy_without_gradient_is_refused(saved, name):
 
 def test_flags():
     """PAPO's names where both have one, dashes or underscores, and TRL's for the rest."""
+    from train_small import RunConfig
+
     argv = "--learning-rate 3e-4 --gamma 0.3 --steps 5 --warmup_steps 7 --per_device_train_batch_size 16"
     argv += " --use_cpu"
     config, run, args = papo_trl.parse_args(argv.split())
     assert (config.gamma, config.learning_rate, args.learning_rate, args.warmup_steps) == (0.3, 3e-4, 3e-4, 7)
     assert (args.max_steps, args.gradient_accumulation_steps, args.steps_per_generation) == (10, 4, 8)
+    assert args.seed == RunConfig().seed  # one warm start for both programs
     config, _, args = papo_trl.parse_args(
         ["--preset", "papo-g-7b", "--model", "m", "--dataset", "d", "--use_cpu"]
     )
