@@ -1,5 +1,5 @@
 """Ratios of time and memory, side by side in one run: `python bench.py` prints the README's tables, in
-minutes on 2 CPU cores.
+minutes on 2 CPU cores; with --trl one more.
 
 How to read them. Every number is a ratio of two ways to do the same work in this process: one call of each in
 turn, and the median of the pairs' ratios, with the smallest and the largest in brackets. Time is processor
@@ -14,19 +14,29 @@ an eighth of it), 256 visual tokens. Responses never end early, so that both way
 Shapes: G responses a group, P prompt tokens, |o| tokens of a response, L row length, V vocabulary.
 """
 
+import argparse
 import copy
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from multiprocessing import get_context
 from statistics import median
 
+import datasets
 import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    GenerationConfig,
+    PrinterCallback,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    TrainerCallback,
+)
 
 import toy
 from papo import (
@@ -42,26 +52,35 @@ from papo import (
 )
 from train_small import RunConfig, Trainer, peak_rss
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. Measuring
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 PAIRS, BUDGET = 5, 6.0  # pairs for a ratio; at least 3, no more once they took so many seconds
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def seconds(work) -> float:
-    """Time of one call: the device's on a GPU, else the process's."""
+def start_clock():
+    """A function that stops the clock and returns its seconds: the device's on a GPU, else the process's."""
     if DEVICE.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000
+
+        def stop():
+            end.record()
+            torch.cuda.synchronize()
+            return start.elapsed_time(end) / 1000
+
+        return stop
     start = time.process_time()
+    return lambda: time.process_time() - start
+
+
+def seconds(work) -> float:
+    """Time of one call."""
+    stop = start_clock()
     work()
-    return time.process_time() - start
+    return stop()
 
 
 def alternate(*works):
@@ -89,9 +108,9 @@ def print_table(title, header, rows):
         print(f"| {' | '.join(map(str, row))} |", flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. The works
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -149,9 +168,9 @@ def make_works() -> list[Work]:
     return works
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. A group as one row, against one padded row per response
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def padded_logps(model, prompt, responses):
@@ -228,21 +247,19 @@ def mask_waste(P=1000, G=8, T=1000):
     yield f"{G} padded rows", f"{G * (P + T) ** 2:,}", f"{alone:,}", f"{G * (P + T) ** 2 / alone:.1f}"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. A training step: PAPO against GRPO, and its phases
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
-def make_step(work, gamma, questions, tokens, G=8):
+def sizes_of(questions, tokens, G=8):
+    """Settings of PAPOConfig for a step of one update."""
+    return dict(group_size=G, prompts_per_batch=questions, updates_per_batch=1, max_new_tokens=tokens)
+
+
+def make_step(work, gamma, questions, tokens):
     """A function that does one whole step (one update) and returns the seconds of its three phases."""
-    config = PAPOConfig(
-        gamma=gamma,
-        group_size=G,
-        prompts_per_batch=questions,
-        updates_per_batch=1,
-        max_new_tokens=tokens,
-        learning_rate=1e-6,
-    )
+    config = PAPOConfig(gamma=gamma, learning_rate=1e-6, **sizes_of(questions, tokens))
     run = RunConfig(gradient_checkpointing=False)
     trainer = Trainer(copy.deepcopy(work.model), work.processor, config, run, work.rows(questions))
 
@@ -272,9 +289,55 @@ def training_steps(works, questions=(16, 4, 2), tokens=40):
         yield work.name, f"{n} x 8 x {tokens}", spread(whole), spread(update), *shares, note
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def trl_trainer(work, questions, tokens, folder):
+    """papo_trl's trainer, with the settings of its program, for the same step in a run of PAIRS + 1."""
+    import papo_trl  # needs trl
+
+    flags = dict(sizes_of(questions, tokens), learning_rate=1e-6, steps=PAIRS + 1, out=folder)
+    flags |= dict.fromkeys(("eval_strategy", "save_strategy", "logging_strategy"), "no")
+    flags |= dict(eval_on_start=False, per_device_train_batch_size=min(32, 8 * questions))
+    flags |= dict(bf16=False, disable_tqdm=True)  # fp32, as train_small
+    config, _, args = papo_trl.parse_args([f"--{name}={value}" for name, value in flags.items()])
+    work.model.save_pretrained(folder)  # where TRL finds the reference policy
+    rows = [row | {"row": i} for i, row in enumerate(work.rows(questions))] * (PAIRS + 1)
+    trainer = papo_trl.PAPOTrainer(
+        type(work.model).from_pretrained(folder),
+        config,
+        args,
+        work.processor,
+        train_dataset=datasets.Dataset.from_list(rows),
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def trl_steps(works, questions=(16, 4), tokens=40):
+    """A step of train_small against one of papo_trl, gamma 0.02, beta 0.01."""
+    for work, n in zip(works, questions):
+        small, rounds = make_step(work, 0.02, n, tokens), []
+
+        class InTurn(TrainerCallback):
+            """A step of train_small's after each of TRL's, the first round unmeasured."""
+
+            def on_train_begin(self, *_, **__):
+                self.stop = start_clock()
+
+            def on_step_end(self, *_, **__):
+                theirs, ours = self.stop(), sum(small())
+                rounds.append((ours, theirs))
+                self.stop = start_clock()
+
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trl_trainer(work, n, tokens, folder)
+            trainer.add_callback(InTurn())
+            trainer.train()
+        notes = [f"{median(times):.2f} s" for times in zip(*rounds[1:])]
+        yield work.name, f"{n} x 8 x {tokens}", spread([ours / theirs for ours, theirs in rounds[1:]]), *notes
+
+
+# ------------------------------------------------------------------------------------------------------------
 # 5. Sampling against generate; memory of the log-probabilities
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def generate(model, processor, prompts, G, tokens):
@@ -336,7 +399,7 @@ def head_memory():
 
 TABLES = (  # title, columns, the generator of rows
     (
-        "A group as one row: time over that of one padded row per response, responses of |o| / 2 to |o| tokens",
+        "A group as one row: time over that of a padded row per response, responses of |o| / 2 to |o| tokens",
         "work, P, &#124;o&#124;, G, score, update, scores computed / visible, one row's update",
         group_rows,
     ),
@@ -363,14 +426,25 @@ TABLES = (  # title, columns, the generator of rows
 )
 
 
-def main():
+TRL_TABLE = (
+    "A step of train_small over one of papo_trl (gamma 0.02), beta 0.01, one update",
+    "work, questions x G x tokens, ratio, train_small, papo_trl",
+    trl_steps,
+)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Ratios of time and memory, side by side in one run.")
+    parser.add_argument("--trl", action="store_true", help="add train_small.py against papo_trl.py")
+    if (trl := parser.parse_args(argv).trl) and not find_spec("trl"):
+        parser.exit(2, "bench.py: error: --trl needs trl: pip install -r requirements-trl.txt\n")
     torch.set_num_threads(1)
     works = make_works()
     where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "one CPU thread"
     print(
-        f"Measured on {where}, torch {torch.__version__}: median (smallest to largest) of up to {PAIRS} pairs."
+        f"Measured on {where}, torch {torch.__version__}: median (smallest to largest), up to {PAIRS} pairs."
     )
-    for title, columns, rows in TABLES:
+    for title, columns, rows in TABLES + (TRL_TABLE,) * trl:
         print_table(title, columns.split(", "), rows(works))
 
 

@@ -76,8 +76,50 @@ def test_every_table_is_printed(works, monkeypatch, capsys):
         strict=True,
     ):
         bench.print_table(title, columns.split(", "), rows)
-    tables = capsys.readouterr().out.split("###")[1:]
-    for table in tables:  # as many cells in each row as columns, or it is no Markdown table
+    tables = tables_in(capsys.readouterr().out)
+    assert sum("| embedded world | " in table for table in tables) == 3
+
+
+def tables_in(text):
+    """The Markdown tables of a printout, each with as many cells in each row as columns."""
+    tables = text.split("###")[1:]
+    for table in tables:
         head, rule, *rows = table.strip().splitlines()[2:]
         assert rows and {line.count("|") for line in (rule, *rows)} == {head.count("|")}
-    assert sum("| embedded world | " in table for table in tables) == 3
+    return tables
+
+
+def test_trl_does_the_same_work(works, monkeypatch, capsys):
+    """Both sides train with one config on as many responses, all of full length."""
+    pytest.importorskip(
+        "trl", reason="trl is not installed: pip install -r requirements-trl.txt", exc_type=ImportError
+    )
+    import papo_trl
+
+    monkeypatch.setattr(bench, "PAIRS", 1)
+    ours, theirs, compute_loss = [], [], papo_trl.PAPOTrainer._compute_loss
+
+    def step(model, optimizer, config, groups):
+        ours.append((vars(config), [len(o) for group in groups for o in group.responses]))
+        return papo.papo_step(model, optimizer, config, groups)
+
+    def loss(self, model, inputs):
+        theirs.append((vars(self.papo), inputs["completion_mask"].sum(1).tolist()))
+        return compute_loss(self, model, inputs)
+
+    monkeypatch.setattr(bench, "papo_step", step)
+    monkeypatch.setattr(papo_trl.PAPOTrainer, "_compute_loss", loss)
+    title, columns, rows = bench.TRL_TABLE
+    bench.print_table(title, columns.split(", "), rows(works[:1], questions=(1,), tokens=4))
+    assert ours == theirs and [lengths for _, lengths in ours] == [[4] * 8] * 2
+    [table] = tables_in(capsys.readouterr().out)
+    assert "| embedded world | 1 x 8 x 4 | " in table
+
+
+def test_without_trl_one_line_says_how_to_get_it(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        bench.main(["--trl"])
+    assert stop.value.code == 2
+    error = "bench.py: error: --trl needs trl: pip install -r requirements-trl.txt\n"
+    assert capsys.readouterr() == ("", error)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -228,7 +229,8 @@ def test_loss_and_gradient_are_papos(saved, aggregation, masked_grad, estimate):
 @pytest.mark.parametrize("aggregation, loss_type", [("sequence", "grpo"), ("token", "dapo")])
 def test_without_papos_terms_it_is_trls_own_loss(saved, aggregation, loss_type):
     config = PAPOConfig(gamma=0.0, beta=0.2, clip_dual=float("inf"), aggregation=aggregation, **SIZES)
-    trainer = make_trainer(saved, config, use_bias_correction_kl=False)
+    trainer = make_trainer(saved, config)
+    trainer.args.use_bias_correction_kl = False
     _, batch = sampled_batch(trainer)
     assert "masked_pixels" not in batch
     batch["importance_sampling_ratio"] = torch.rand(
@@ -382,6 +384,7 @@ def test_reward_is_compute_rewards(saved):
         (["--gamma", "-1"], "gamma must lie in"),
         (["--nonsense", "1"], "--nonsense"),
         (["--dataset", "x.jsonl"], "--dataset needs --model"),
+        (["--use_bias_correction_kl", "False"], "use_bias_correction_kl has no effect"),
     ],
 )
 def test_one_line_and_exit_code_2(argv, reason, capsys, tmp_path):
@@ -412,35 +415,103 @@ def test_an_entropy_without_gradient_is_refused(saved, name):
 
 def test_flags():
     """PAPO's names where both have one, dashes or underscores, and TRL's for the rest."""
+    from train_small import RunConfig
+
     argv = "--learning-rate 3e-4 --gamma 0.3 --steps 5 --warmup_steps 7 --per_device_train_batch_size 16"
     argv += " --use_cpu"
     config, run, args = papo_trl.parse_args(argv.split())
     assert (config.gamma, config.learning_rate, args.learning_rate, args.warmup_steps) == (0.3, 3e-4, 3e-4, 7)
     assert (args.max_steps, args.gradient_accumulation_steps, args.steps_per_generation) == (10, 4, 8)
+    assert args.seed == RunConfig().seed  # one warm start for both programs
     config, _, args = papo_trl.parse_args(
         ["--preset", "papo-g-7b", "--model", "m", "--dataset", "d", "--use_cpu"]
     )
     assert (config.eta2, config.masked_grad, args.num_generations, args.top_p) == (0.05, "entropy", 5, 0.99)
 
 
-def test_data_set_formats(saved):
-    """jsonl beside its images: relative paths, a list of one or none, and rows that cannot be used."""
+BAD_ROWS = [  # what is wrong, and the reason given
+    (dict(images=["a.png", "a.png"]), "more than one image"),
+    (dict(images=[None]), "no image"),
+    (dict(images=["missing.png"]), "unreadable image"),
+    (dict(images=["text.png"]), "unreadable image"),
+    (dict(problem=" "), "problem is no text"),
+    (dict(problem="<image><image>"), "a question may hold one <image>, this one has 2"),
+    (dict(problem="long " * 100), "prompt longer than 200 tokens"),
+    (dict(answer=None), "answer is no text or number"),
+    (dict(answer=" "), "answer is no text or number"),
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet", "folder"])
+def test_data_set_formats(saved, form, capsys):
+    """Names of images beside the file, images within it, and rows that cannot be used; the others keep their
+    numbers."""
     picture(0).save(saved / "a.png")
-    row = dict(images=["a.png"], problem="<image>What?", answer=3)
-    bad = [
-        row | dict(images=["a.png", "a.png"]),
-        row | dict(images=["missing.png"]),
-        row | dict(answer=None),
-        row | dict(problem="<image><image>"),
+    (saved / "text.png").write_text("no picture")
+    row = dict(images=["a.png"], problem="<image>What?", answer="3")
+    rows = [row, *(row | wrong for wrong, _ in BAD_ROWS), row, row]
+    path = saved / f"rows.{form}"
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    else:
+        bytes_of = lambda path: path.read_bytes() if path.exists() else b"none"
+        read = lambda name: dict(path=name, bytes=bytes_of(saved / name))
+        rows = [r | dict(images=[name and read(name) for name in r["images"]]) for r in rows]
+        text = datasets.Value("string")
+        features = datasets.Features(images=datasets.List(datasets.Image()), problem=text, answer=text)
+        rows = datasets.Dataset.from_list(rows, features=features)
+        rows.to_parquet(path) if form == "parquet" else rows.save_to_disk(path)
+    argv = [
+        "--model",
+        str(saved),
+        "--dataset",
+        str(path),
+        "--min-pixels",
+        "784",
+        "--use_cpu",
+        "--eval_size",
+        "1",
     ]
-    (saved / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in [row, *bad, row, row]))
-    argv = ["--model", str(saved), "--dataset", str(saved / "rows.jsonl"), "--min-pixels", "784", "--use_cpu"]
-    argv += ["--eval_size", "1", "--out", str(saved / "run")]
-    _, run, args = papo_trl.parse_args([*argv, "--prompts_per_batch", "24"])
+    argv += ["--max_prompt_tokens", "200", "--out", str(saved / "run"), "--prompts_per_batch", "24"]
+    _, run, args = papo_trl.parse_args(argv)
     model, processor = papo_trl.load_model(run, args)
     rows, held_out = papo_trl.load_rows(run, args, processor)
-    assert rows["row"][:] == [0, 5] and held_out["row"][:] == [6] and rows[0]["answer"] == "3"
+    end = 1 + len(BAD_ROWS)
+    assert rows["row"][:] == [0, end] and held_out["row"][:] == [end + 1] and rows[0]["answer"] == "3"
     assert rows[0]["images"][0].size == fit_image(processor, picture(0)).size
+    reasons = Counter(reason for _, reason in BAD_ROWS)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped")]
+    assert sorted(said) == sorted(f"skipped {n} rows: {reason}" for reason, n in reasons.items())
+
+
+@pytest.mark.parametrize(
+    "text, argv, reason",
+    [
+        ('{"images": 1', [], "generating the dataset"),
+        ('{"images": 1}', [], "has no column"),
+        ('{"images": null, "problem": "What?", "answer": 3}', [], "0 usable rows, at least 2 are needed"),
+        ("{}", ["--split", "test"], "has no splits"),
+    ],
+)
+def test_a_data_set_of_no_use_is_one_line(saved, text, argv, reason, capsys):
+    (saved / "rows.jsonl").write_text(text)
+    argv = ["--model", str(saved), "--dataset", str(saved / "rows.jsonl"), "--use_cpu", *argv]
+    with pytest.raises(SystemExit) as stop:
+        papo_trl.main([*argv, "--prompts_per_batch", "24", "--out", str(saved / "run")])
+    assert stop.value.code == 2
+    assert "papo_trl.py: error: " in (error := capsys.readouterr().err.splitlines()[-1]) and reason in error
+
+
+def test_a_bug_is_no_unusable_row(saved, monkeypatch):
+    """What papo.py does not raise for a bad row goes through."""
+    (saved / "rows.jsonl").write_text(json.dumps(dict(images="a.png", problem="What?", answer=3)) + "\n")
+    picture(0).save(saved / "a.png")
+    monkeypatch.setattr(papo, "fit_image", lambda *_: None.size)
+    argv = ["--model", str(saved), "--dataset", str(saved / "rows.jsonl"), "--use_cpu"]
+    _, run, args = papo_trl.parse_args([*argv, "--prompts_per_batch", "24"])
+    _, processor = papo_trl.load_model(run, args)
+    with pytest.raises(AttributeError):
+        papo_trl.load_rows(run, args, processor)
 
 
 # ---- the command ----
