@@ -7,8 +7,9 @@ PROTOCOL
                 pictures, which a response that misreads them often answers right. Nothing was chosen on the second one: its
                 arms are the first one's.
     Seeds       the same for every arm: a seed decides warm start, questions, samples and masks, so arms are compared pair by
-                pair. 8 seeds for an arm that a claim rests on, 4 in the second world and for long runs, 3 for the steps of a
-                ladder in between.
+                pair. 8 seeds for an arm that a claim rests on, 4 for long runs and for the steps of the second world's ladder in
+                between, 3 for the first's. The second world's arms of 8 seeds got the last four after the first four had been
+                looked at.
     Measure     avg@8 at temperature 1 on 96 questions from the test split of handwritten digits, every 10 steps: at the end,
                 and over the run (mean of all evaluations but the first). Mean over seeds with the 95 % interval of Student's
                 t; differences are paired by seed.
@@ -68,7 +69,10 @@ LADDER = {  # the weights of the perception term, ungated and gated; the best an
     },
     "gated": {10.0: EIGHT, 100.0: EIGHT, 1.0: THREE, 3.0: THREE, 30.0: THREE, 300.0: THREE},
 }
-SECOND_WORLD = {"gamma": (0.02, 0.1, BEST, 1.0, 3.0), "gated": (1.0, 3.0, 10.0, 30.0, 100.0)}
+SECOND_WORLD = {
+    "gamma": {BEST: EIGHT, 3.0: EIGHT, 0.02: FOUR, 0.1: FOUR, 1.0: FOUR},
+    "gated": {10.0: EIGHT, 100.0: EIGHT, 1.0: FOUR, 3.0: FOUR, 30.0: FOUR},
+}
 # The notebook's section 11: short runs on questions of high vision dependency alone, perception KL and
 # entropy on or off.
 LESSON = dict(prompts_per_batch=12, updates_per_batch=1, beta=0.0, learning_rate=2e-4, steps=24, eval_every=6)
@@ -93,15 +97,15 @@ ARMS = {  # name: (seeds, arms it is compared with, flags of train_small.py that
         for kind, ladder in LADDER.items()
         for gamma, seeds in ladder.items()
     },
-    "largest-grpo": (FOUR, "largest-grpo", dict(task="largest", gamma=0.0)),
+    "largest-grpo": (EIGHT, "largest-grpo", dict(task="largest", gamma=0.0)),
     **{
         f"largest-{kind}-{gamma:g}": (
-            FOUR,
+            seeds,
             f"largest-grpo largest-gamma-{BEST:g}",
             term(kind, gamma) | dict(task="largest"),
         )
         for kind, ladder in SECOND_WORLD.items()
-        for gamma in ladder
+        for gamma, seeds in ladder.items()
     },
     "dapo": (EIGHT, "dapo", dict(algorithm="dapo")),
     "papo-d": (EIGHT, "dapo papo-d-entropy-only", dict(algorithm="papo-d")),  # gamma 0.01, eta1 = eta2 = 0.03
