@@ -574,18 +574,19 @@ MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same 
 #     same_by_rule      once more, for each piece between commas and the like; where it does not know
 #     same_by_algebra   math-verify, in a child process
 # tidy's tables; every arrow is true of tidy as a whole. One spelling for characters (those of full width lie
-# 0xFEE0 above ASCII): （１，２） -> (,1,2,); −3 -> -3; x² -> x^2; 2½ -> 2\frac{1}{2}; 30∘ -> 30°
+# 0xFEE0 above ASCII): （１，２） -> (,1,2,); −3 -> -3; x² -> x^2; 2½ -> 2\frac{1}{2}; 9∘ -> 9°; ×5 -> \times 5
 CHARACTERS = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}
 CHARACTERS |= str.maketrans(dict(zip("−–—。、∘º∶", "---.,°°:")) | {"²": "^2", "³": "^3", "℃": "°C"})
-CHARACTERS |= str.maketrans({"π": r"\pi ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
-# ... for words, each group by its first: x\le 3 -> x≤3; \tfrac12 -> \frac12; 5厘米 -> 5cm; 30 degrees -> 30°
-WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; ≠ \neq \ne; ≈ \approx; → \rightarrow \to; ∞ \infty;
-∪ \cup; ∩ \cap; ∈ \in; ∠ \angle; △ \triangle; ∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ± \pm; Ω \Omega;
-∨ or 或; , and 和; \frac \dfrac \tfrac; cm centimeters 厘米; mm millimeters 毫米; km kilometers 千米; m meters 米;
-in inches; ft feet; h hours 小时; min minutes 分钟; s seconds 秒; kg 千克; g grams 克; % percent;
-° \circ degrees degree \degree 度"""
+CHARACTERS |= str.maketrans({"π": r"\pi ", "×": r"\times ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
+# ... for words, each group by its first: x\le 3 -> x≤3; 1 \lt x -> 1<x; 3 \gt x -> 3>x; A\bigcup B -> A∪B
+# \tfrac12 -> \frac12; x=1且y=2 -> x=1,y=2; 5厘米 -> 5cm; 20 ml -> 20 mL; 30 degrees -> 30°
+WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; < \lt; > \gt; ≠ \neq \ne; ≈ \approx; ∞ \infty;
+→ \rightarrow \to; ∪ \cup \bigcup; ∩ \cap; ∈ \in; ∠ \angle; △ \triangle; ∥ \parallel; ⊥ \perp;
+∅ \emptyset \varnothing; ± \pm; Ω \Omega; ∨ or 或; , and 和 且; \frac \dfrac \tfrac; cm centimeters 厘米;
+mm millimeters 毫米; mL ml; km kilometers 千米; m meters 米; in inches; ft feet; h hours 小时; min minutes 分钟;
+s seconds 秒; kg 千克; g grams 克; % percent; ° \circ degrees degree \degree 度"""
 WORDS = {word: group.split()[0] for group in WORDS.split(";") for word in group.split()}
-WORD = r"\\?[a-zA-Z]+|小时|分钟|[厘毫千]?[米克]|[或和秒度]"
+WORD = r"\\?[a-zA-Z]+|小时|分钟|[厘毫千]?[米克]|[或和且秒度]"
 TIDY_RULES = [  # ... and for patterns, in this order
     (r"\{,\}|,\\!", ","),  # 1{,}000 -> 1,000; 1,\!000 -> 1,000
     (r"√(\d+|\w)", r"\\sqrt{\1}"),  # 2√13 -> 2\sqrt{13}
@@ -601,12 +602,17 @@ TIDY_RULES = [  # ... and for patterns, in this order
     (r" +", " "),  # one stays, for 4 2 is not 42: 4  2 -> 4 2; 4,  200 -> 4, 200
     (r" ?([^\w\s,.]) ?", r"\1"),  # x + 1 = 3 -> x+1=3
     (r"\^\{?°\}?", "°"),  # 30^{\circ} -> 30°; 30^\circ -> 30°
-    (r"\^\{(\w)\}", r"^\1"),  # x^{2} -> x^2
+    (r"([\^_])\{(\w)\}", r"\1\2"),  # x^{2} -> x^2; a_{n} -> a_n
     (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2 -> 1\frac{1}{2}
     # P(1,2) -> (,1,2,); \pi \approx 3.14 -> \pi; +\infty -> ∞; 5\% -> 5%
     (r"^[A-Z](?=\(.*,.*\)$)|(?<=.)≈[\d.]+$|\+(?=∞)|\\(?=%)", ""),
     # Order does not count in sets and among alternatives: \{2,1\} -> \{,1,2,\}; x=2 or x=1 -> x=1,x=2
-    (r"(?<=^\\\{)[^()]*(?=\\\}$)|^.*∨.*$", lambda m: ",".join(sorted(re.split(" ?[,∨] ?", m[0])))),
+    (
+        r"(?<=^\\\{)[^()<>≤≥≠]*(?=\\\}$)|^(?!.*[<>≤≥≠]).*∨.*$",
+        lambda m: ",".join(sorted(re.split(" ?[,∨] ?", m[0]))),
+    ),
+    # ... but "or" of inequalities is not "and": x>3 or x<1 -> x<1∨x>3
+    (r"^.*∨.*$", lambda m: "∨".join(sorted(m[0].split("∨")))),
     # Brackets become pieces of their own between commas: [1,2) -> [,1,2,)
     (r"(\\\{|[(\[])([^()\[\],]*,[^()\[\]]*?)(\\\}|[)\]])", r"\1,\2,\3"),
 ]
@@ -614,9 +620,10 @@ TIDY_RULES = [  # ... and for patterns, in this order
 # NUMBER fits 5  -1,000.5  .5  1e3  2/4  50%  12 cm^2  9 km/h  5x; not 5,00  4 2  x5  2\pi
 DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
 NUMBER = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:(?:[^\W\d_]|[%°])+(?:[ /][a-zA-Z]+)*(?:\^?[23])?)?)")
-# A measure or a word that counts: it may be left out. UNIT fits m^2  km/h  °C  apples  元; not x  million
+# A measure or what is counted: may be left out. UNIT fits m^2  km/h  °C  apples  元; not x  trillion  fifths
 MEASURE = r"°[CF]?|[cdkm]?m|in|ft|mi|yd|k?g|h|s|min|m?L|[NVAWJΩ]"
-COUNTED = r"(?!million|billion|thousand|hundred|dozen|cents)[a-z]{4,}|(?![万亿千百十成折多倍])[一-鿿]{1,2}"
+COUNTED = r"(?![a-z]*illion|thousand|hundred|dozen|hal[fv]|third|[efnst][a-z]*ths|cubed|cents)[a-z]{4,}"
+COUNTED += r"|(?![万亿千百十成折多倍])[一-鿿]{1,2}"
 UNIT = re.compile(rf"(?:{MEASURE}|{COUNTED})(?:/(?:{MEASURE}))?(?:\^?[23])?")
 # A letter of a multiple choice, and its text. CHOICE fits B  (B)  B),  B.  B: 12 cm; not (B) or (C)  AB  B 12
 CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+(.*))?")
@@ -699,6 +706,10 @@ def same_by_rule(given: str, expected: str) -> bool | None:
 
     given        expected     verdict
     Yes          yes          True
+    NO           No           True
+    A circle     a circle     True
+    R            r            None
+    5 MW         5 mW         False
     B. 12 cm     B            True
     B. 12 cm     B. 15 cm     False
     12 cm        B            False
@@ -715,7 +726,10 @@ def same_by_rule(given: str, expected: str) -> bool | None:
     2xy          2yx          None
     2\sqrt{3}    \sqrt{12}    None
     """
-    if not given or given.lower() == expected.lower():
+    # Case counts in symbols, not in words, which are capitalised or in capitals throughout.
+    words = re.compile(r"(?<![\\\w])(?:[A-Z](?:[a-z]+|[A-Z]+)\b|A(?= [a-z]{3}))")
+    fold = lambda text: words.sub(lambda m: m[0].lower(), text)
+    if not given or fold(given) == fold(expected):
         return given != ""
     choices = [CHOICE.fullmatch(text.upper() if len(text) == 1 else text) for text in (given, expected)]
     if any(choices):
@@ -779,7 +793,7 @@ def same_answer(given: str, expected: str) -> bool:
     given, expected = tidy(given), tidy(expected)
     if (same := same_by_rule(given, expected)) is not None:
         return same
-    pieces = [re.split("([,;<>≤≥≠≈→∈∪∩∥⊥])", text) for text in (given, expected)]
+    pieces = [re.split("([,;∨<>≤≥≠≈→∈∪∩∥⊥])", text) for text in (given, expected)]
     questions = []  # for math-verify
     for pair in zip(*pieces):
         names = [NAME.match(text) for text in pair]
