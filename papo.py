@@ -24,7 +24,7 @@ that, up to a point.
 
 THE WAY OF THE DATA, which is the order of the sections below
     question, image, answer -> encode_prompt -> sample_groups -> compute_reward -> group_advantages
-                            -> mask_patches  -> mask_prompt   -> group_logps x 2..4 -> papo_loss -> papo_step
+                            -> mask_patches  -> mask_prompt   -> group_logps x 1..4 -> papo_loss -> papo_step
     roll_out goes as far as mask_prompt. score_constants runs group_logps for the old and the reference
     policy, where they are needed. papo_step runs it for the trained policy and its masked view, calls
     papo_loss, and updates.
@@ -69,7 +69,7 @@ WHAT CARRIES GRADIENT (masked_grad, see papo_loss)
     masked_grad   KL through pi   KL through pi_mask         H[pi]   H[pi_mask]
     "detached"    yes             no                         yes     no: a constant, as in the released code
     "entropy"     yes             no                         yes     yes
-    "full"        yes             yes: Eq. 2 as written      yes     yes
+    "full"        yes             yes, as Eq. 2 implies      yes     yes
     KL is the perception KL. pi_old and pi_ref never carry any. Rewards and advantages are plain numbers.
 
 WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
@@ -83,8 +83,9 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
         with 1/|o|, a pull towards shorter responses is left, since a token's weight depends on the tokens
         after it. The sampled H[pi_mask] estimates the cross-entropy of pi and pi_mask: lowering it
         pulls them together, against gamma. [1] prints log pi without the minus.
-     5. The perception KL treats pi_mask as a constant, as [2]. "full" is Eq. 2 of [1] to the letter, and
-        easier to hack: the network can raise the KL by answering nonsense to masked images.
+     5. The perception KL treats pi_mask as a constant, as [2]. "full" lets gradient through it, as Eq. 2 of
+        [1] implies, and is easier to hack: the network can raise the KL by answering nonsense to masked
+        images.
      6. aggregation="sequence" (mean of per-response means) is Eq. 2 and GRPO; "token" is Eq. 3 and DAPO, and
         what [2] uses.
      7. Masking happens on the image as the vision tower sees it, so a patch is wholly black or untouched. [2]
@@ -568,6 +569,7 @@ def sample_groups(
 GRADE_TIMEOUT = 3.0  # seconds math-verify gets for one answer, about a hundred times what it needs
 MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same string: bounds all work here
 
+# On a first reading, go on at compute_reward: all before it decides whether two spellings are one answer.
 # The way of an answer: compute_reward -> answers_match -> same_answer, which asks
 #     tidy              both answers in one spelling
 #     same_by_rule      numbers, units, letters: exact and in microseconds; where it does not know
@@ -847,8 +849,9 @@ def group_advantages(rewards, eps=1e-6):
     """A_i = (R_i - mean(R)) / (std(R) + eps) over the group, the last dimension.
 
     rewards (..., G) -> (..., G), mean 0. The standard deviation is the unbiased one (G - 1), as in the
-    released code. A group of equal rewards teaches nothing: exactly 0, where rounding over a tiny deviation
-    would give noise. Raises ValueError for a group of fewer than 2. One right answer among eight:
+    released code. A group of equal rewards adds nothing to the policy term: exactly 0, where rounding over a
+    tiny deviation would give noise (seven rewards of 0.3 would get 0.03 each). Raises ValueError for a group
+    of fewer than 2. One right answer among eight:
 
     >>> group_advantages([1.0] + [0.1] * 7)
     tensor([ 2.4749, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536])
@@ -972,13 +975,15 @@ def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_
 
     logps, old_logps (B, T), advantages (B,) -> (B, T), to minimise. Where the clip acts there is no gradient:
     a good response's token is pushed until it is 1 + eps_h times as likely, a bad one's until it is 1 - eps_l
-    times as likely. The bound of c keeps a bad token that has become far likelier from dominating. A good
-    token at r = 1.4 (earns 1.3 A, not 1.4 A) and a bad one at r = 0.5 (costs 0.8 |A|, not 0.5 |A|):
+    times as likely. The bound of c keeps a bad token that has become far likelier from dominating, by leaving
+    it alone. A good token at r = 1.4 (earns 1.3 A, not 1.4 A), a bad one at r = 0.5 (costs 0.8 |A|, not 0.5),
+    and a bad one at r = 7 (3 |A|, not 7):
 
-    >>> clipped_policy_loss(torch.tensor([[1.4], [0.5]]).log(), torch.zeros(2, 1), torch.tensor([2.0, -1.0]),
-    ...                     clip_low=0.2, clip_high=0.3, clip_dual=3.0)
+    >>> clipped_policy_loss(torch.tensor([[1.4], [0.5], [7.0]]).log(), torch.zeros(3, 1),
+    ...                     torch.tensor([2.0, -1.0, -1.0]), clip_low=0.2, clip_high=0.3, clip_dual=3.0)
     tensor([[-2.6000],
-            [ 0.8000]])
+            [ 0.8000],
+            [ 3.0000]])
     """
     check_shapes(logps=(logps, "B T"), old_logps=(old_logps, "B T"), advantages=(advantages, "B"))
     advantages = advantages[:, None]  # (B, 1)
@@ -992,10 +997,11 @@ def kl_k3(logps, other_logps):
     """k3 = x - log x - 1 with x = pi_other / pi: an unbiased, never negative estimate of KL[pi || pi_other]
     from tokens drawn from pi.    ([2], after [5]; [1] prints 1/x, which is biased)
 
-    (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x, at most 1. In expectation over tokens of pi,
-    given their prefix, this yields the gradient of KL[pi_other || pi], the other direction: maximising k3
-    moves pi away from where the other policy has mass. A token that the other policy likes half as much, and
-    one it likes as much:
+    (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x, at most 1; 0 where the clamp acts, from
+    x = 13.6 on. Below it, in expectation over tokens of pi, given their prefix, this is the gradient of
+    KL[pi_other || pi], the other direction: maximising k3, as papo_loss does for the perception KL, moves pi
+    away from where the other policy has mass. A token that the other policy likes half as much, and one it
+    likes as much:
 
     >>> kl_k3(torch.zeros(1, 2), torch.tensor([[0.5, 1.0]]).log())
     tensor([[0.1931, 0.0000]])
@@ -1010,8 +1016,9 @@ def perception_gate(logps, masked_logps, advantages):
 
     logps, masked_logps (B, T), advantages (B,) -> (B, T) bool. k3's derivative, 1 - pi_mask/pi, pushes tokens
     both ways, in right and wrong responses alike. What passes the gate pushes only upwards, by less than
-    gamma, and only tokens of responses above their group's mean: no token moves against its advantage,
-    whatever gamma is, and equal rewards pay nothing."""
+    gamma, and only tokens of responses above their group's mean: through pi, no sampled token is pushed
+    against its advantage, whatever gamma is, and equal rewards pay nothing. (masked_grad="full" lowers
+    pi_mask of the same tokens, too.)"""
     check_shapes(logps=(logps, "B T"), masked_logps=(masked_logps, "B T"), advantages=(advantages, "B"))
     return (advantages[:, None] > 0) & (logps > masked_logps)  # (B, T)
 
@@ -1064,9 +1071,11 @@ def papo_loss(
     entropy, masked_entropy: exact ones from group_logps; None takes -log pi of the sampled tokens, as the
     released code. rewards (B,): not read here; papo_step hands them to every objective, so that one of your
     own may. Returns the scalar to minimise and a dict of floats, each averaged like the loss; what was not
-    given is not measured and has no entry. A term whose weight is 0 adds nothing at all, so gamma = 0 is GRPO
-    to the bit. Gradient reaches masked_logps and masked_entropy only as config.masked_grad says (table in the
-    header). Raises ValueError if shapes disagree or a term with a weight lacks its input."""
+    given is not measured and has no entry. kl_prcp is what is paid, in a gated run what passes the gate; the
+    clip fractions count tokens beyond a bound, whatever the sign of A. A term whose weight is 0 adds nothing
+    at all, so gamma = 0 is GRPO to the bit. Gradient reaches masked_logps and masked_entropy only as
+    config.masked_grad says (table in the header). Raises ValueError if shapes disagree or a term with a
+    weight lacks its input."""
     given = dict(
         logps=logps,
         old_logps=old_logps,
@@ -1079,7 +1088,9 @@ def papo_loss(
     check_shapes(
         **{name: (x, "B T") for name, x in given.items() if x is not None}, advantages=(advantages, "B")
     )
-    pays = config.gamma and (not config.gated or (advantages > 0).any())  # the perception KL, anywhere
+    pays = config.gamma and (
+        not config.gated or (advantages > 0).any()
+    )  # does the perception KL pay any response?
     if masked_logps is None and (pays or config.eta2):
         raise ValueError("gamma or eta2 is not 0: papo_loss needs masked_logps")
     if ref_logps is None and config.beta:
@@ -1255,9 +1266,12 @@ def papo_step(model, optimizer, config, groups, objective=papo_loss):
     """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss, grad_norm,
     skipped (0 or 1).
 
-    objective: called as papo_loss is, all by keyword but the config, on the responses of one pass: a group or
-    a part of it. Your own may change what papo_loss gets, for example `lambda config, advantages, rewards,
-    **rest: papo_loss(config, advantages=advantages * (rewards > 0.5), **rest)`.
+    objective: called as papo_loss is, all by keyword but the config, on the responses of one pass (a group or
+    a part of it); what was not scored is None. Returns what papo_loss returns. Your own may change what
+    papo_loss gets, for example pay right responses only:
+
+        lambda config, advantages, rewards, **rest: papo_loss(
+            config, advantages=advantages * (rewards > 0.5), **rest)
 
     Each group (or each part, see split_group) is one forward pass, one more with the masked image if the loss
     needs it, and one backward pass; gradients add up. A part's mean is weighted by its share of the batch's
@@ -1304,11 +1318,14 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
         rewards=torch.tensor([score["reward"] for score in group.scores[part]], device=logps.device),  # (G,)
         response_mask=response_mask,
         entropy=scores[2] if exact else None,  # (G, T)
+        masked_logps=None,
+        masked_entropy=None,
     )
-    partly = config.gated and not config.eta2  # a gated KL reads the paid responses, an entropy all of them
-    scored = advantages > 0 if partly else torch.ones_like(advantages, dtype=torch.bool)  # (G,)
-    if group.masked_prompt is not None and scored.any():
-        given |= masked_scores(model, config, group.masked_prompt, responses, scored, T)
+    # papo_loss's gated KL reads paid responses only; H[pi_mask], and an objective of your own, may read all.
+    partly = config.gated and not config.eta2 and objective is papo_loss
+    paid = advantages > 0 if partly else torch.ones_like(advantages, dtype=torch.bool)  # (G,)
+    if group.masked_prompt is not None and paid.any():
+        given |= masked_scores(model, config, group.masked_prompt, responses, paid, T)
     loss, metrics = objective(config, **given)
     if partly:
         metrics.pop("masked_entropy", None)  # known of the paid responses alone
@@ -1316,15 +1333,17 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
     return loss, metrics, count
 
 
-def masked_scores(model, config, masked_prompt, responses, scored, T):
-    """masked_logps and masked_entropy, (G, T) each, of the responses that `scored` (G,) chooses. The others
-    get 0, which nothing reads: their advantage closes the gate."""
-    chosen, exact = [o for o, wanted in zip(responses, scored) if wanted], config.entropy_estimate == "exact"
+def masked_scores(model, config, masked_prompt, responses, paid, T):
+    """masked_logps and masked_entropy, (G, T) each, of the responses that `paid` (G,) chooses; T: the longest
+    of all. The others get 0, which papo_loss never reads: their advantage closes the gate."""
+    chosen = [o for o, wanted in zip(responses, paid) if wanted]
+    exact = config.entropy_estimate == "exact"
     with torch.set_grad_enabled(config.masked_grad != "detached"):
         masked_logps, _, *entropy = group_logps(model, masked_prompt, chosen, config.temperature, exact)
 
-    def spread(x):  # (scored, <= T) -> (G, T)
+    def spread(x):  # (chosen, <= T) -> (G, T)
         whole = x.new_zeros(len(responses), T)  # (G, T)
-        return whole.masked_scatter(scored[:, None], F.pad(x, (0, T - x.shape[1])))  # (G, T)
+        whole[paid] = F.pad(x, (0, T - x.shape[1]))  # (chosen, T)
+        return whole
 
     return dict(masked_logps=spread(masked_logps), masked_entropy=spread(entropy[0]) if exact else None)

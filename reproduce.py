@@ -71,7 +71,7 @@ LADDER = {  # the weights of the perception term, ungated and gated; the best an
 }
 SECOND_WORLD = {
     "gamma": {BEST: EIGHT, 3.0: EIGHT, 0.02: FOUR, 0.1: FOUR, 1.0: FOUR},
-    "gated": {10.0: EIGHT, 100.0: EIGHT, 1.0: FOUR, 3.0: FOUR, 30.0: FOUR},
+    "gated": {10.0: EIGHT, 100.0: EIGHT, 3.0: EIGHT, 1.0: FOUR, 30.0: FOUR},
 }
 # The notebook's section 11: short runs on questions of high vision dependency alone, perception KL and
 # entropy on or off.
@@ -135,6 +135,7 @@ ARMS = {  # name: (seeds, arms it is compared with, flags of train_small.py that
             f"gated-{BEST_GATED:g}": term("gated", BEST_GATED),
         }.items()
     },
+    # The gamma of papo-d is there for the masked pass alone: vppo_loss has no perception term.
     "vppo": (FOUR, "dapo", dict(algorithm="papo-d", eta1=0.0, eta2=0.0, mask_ratio=0.5, format_weight=0.0)),
     # Left out because they are another arm to the bit: with "detached", H[pi_mask] is a constant, so eta2
     # does nothing and both are eta1 alone; and eta1 alone is the same with "entropy" as with "detached".
@@ -179,7 +180,7 @@ def vppo_loss(config, logps, old_logps, advantages, response_mask, masked_logps,
     """VPPO (arXiv 2510.09285), an objective without a perception term. k3 of pi and pi_mask says how far a token depends on
     the image; the 40 % of a response that depend most are trained, and the more a response depends, the more it counts.
 
-    Two things differ from its authors' code: a response's factor is scaled within its group, not within the update's batch,
+    0.4, 0.9 and 0.06 are its authors' values. Two things differ from their code: a response's factor is scaled within its group, not within the update's batch,
     and the second update of a batch takes the dependencies of its own policy."""
     dependency = kl_k3(logps, masked_logps).detach().masked_fill(response_mask == 0, -1)  # (B, T)
     kept = (0.4 * response_mask.sum(1, keepdim=True)).ceil()  # (B, 1) tokens trained
@@ -206,7 +207,7 @@ def run_arm(name, seed, quick, path):
     flags = {"seed": seed, **ARMS[name][2], **({"steps": steps} if quick else {})}
     config, run = ts.parse_args([f"--{flag}={value}" for flag, value in flags.items()])
     model, processor = toy.warm_start(seed=seed, recipe=recipe, task=run.task)
-    every = 3 if name.startswith("lesson") else 1  # dependencies come in turn, high first
+    every = 3 if name.startswith("lesson") else 1  # dependencies come in turn: every third row is high
     train, test = (
         rows.select(range(0, len(rows), every))
         for rows in (
@@ -310,7 +311,7 @@ PANELS = {  # metric: (title, factor)
     "eval_accuracy_high": ("high vision dependency, %", 100),
     "reward": ("training reward", 1),
     "kl_prcp": (r"KL[$\pi\,\|\,\pi_{mask}$], nats per token", 1),
-    "clip_high_fraction": ("tokens clipped high, %", 100),
+    "clip_high_fraction": ("tokens with r > 1 + eps_h, %", 100),
     "entropy": (r"H[$\pi$], nats per token", 1),
     "masked_entropy": (r"H[$\pi_{mask}$], nats per token", 1),
 }
@@ -572,7 +573,9 @@ def main(argv=None):
         except BaseException:
             pool.shutdown(cancel_futures=True)  # not hours later
             raise
-    draw(load_runs(folder), args.out)
+    if not (runs := load_runs(folder)):
+        parser.error(f"no arm of that name, and no run in {folder}")
+    draw(runs, args.out)
 
 
 if __name__ == "__main__":

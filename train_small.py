@@ -196,6 +196,11 @@ class RunConfig:
             raise ValueError(
                 "--dataset needs --model: the embedded world's model knows only its own questions"
             )
+        of_data = "split max_samples image_column problem_column answer_column min_pixels max_pixels max_prompt_tokens"
+        for name in ("task digits" if self.dataset else of_data).split():
+            if getattr(self, name) != getattr(RunConfig, name):
+                needs = "is of the embedded world, not of --dataset" if self.dataset else "needs --dataset"
+                raise ValueError(f"--{name.replace('_', '-')} {needs}")
         if self.merge and not self.lora:
             raise ValueError("--merge needs --lora")
         if self.precision == "bf16" and not self.lora and not self.eval_only:
@@ -266,7 +271,7 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
         raise UserError(error) from None
     if run.preset and run.algorithm != algorithm_of(run.preset):
         raise UserError(f"--preset {run.preset} is not --algorithm {run.algorithm}: leave one of them out")
-    if run.algorithm in ("grpo", "dapo") and not run.preset and (config.gamma or config.eta1 or config.eta2):
+    if run.algorithm in ("grpo", "dapo") and (config.gamma or config.eta1 or config.eta2):
         raise UserError(
             f"{run.algorithm} has gamma = eta1 = eta2 = 0; with them it is --algorithm papo-{'gd'[run.algorithm == 'dapo']}"
         )
@@ -486,6 +491,8 @@ def load_model(run):
     path = Path(run.model)
     if (path.is_absolute() or run.model.startswith(".")) and not path.is_dir():
         raise UserError(f"--model {run.model}: no such folder")
+    if (path / "checkpoint").is_dir():
+        raise UserError(f"--model {run.model} is a run; its model is {path / 'checkpoint'}")
     try:
         adapter = (path / "adapter_config.json").exists()
         base = peft.PeftConfig.from_pretrained(run.model).base_model_name_or_path if adapter else run.model
@@ -1227,7 +1234,9 @@ def evaluate_only(config, run):
 
 def going_on(argv, run):
     """The command that goes on with a run that was stopped."""
-    words = [word for word in argv if word != "--resume"]
+    # Without --resume, which may say True or False behind it.
+    after = [before == "--resume" for before in [None, *argv[:-1]]]
+    words = [w for w, a in zip(argv, after) if w.split("=")[0] != "--resume" and not (a and w[:2] != "--")]
     named = any(word.split("=")[0] == "--out" for word in words)
     out = [] if named else ["--out", run.out]
     return shlex.join(["python", "train_small.py", *words, *out, "--resume"])

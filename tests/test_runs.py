@@ -307,6 +307,13 @@ def test_a_folder_that_holds_a_run_is_refused(world, whole, tmp_path, capsys, mo
     refused([*world, "--out", str(tmp_path / "run")], capsys)
 
 
+@pytest.mark.parametrize("said", (["--resume"], ["--resume", "True"], ["--resume=True"], []))
+def test_the_command_that_goes_on_can_be_given_again(said):
+    command = ts.going_on(["--gamma", "3", *said, "--steps", "5"], ts.RunConfig(out="a b"))
+    assert command == "python train_small.py --gamma 3 --steps 5 --out 'a b' --resume"
+    ts.parse_args(shlex.split(command)[2:])
+
+
 def test_default_names_never_meet(world, tmp_path, monkeypatch, capsys):
     """Same gamma and seed, other settings: a number behind the name; --resume finds the newest of its own settings."""
     monkeypatch.chdir(tmp_path)

@@ -258,6 +258,28 @@ def test_an_objective_of_ones_own(one_vlm):
     }
 
 
+def test_an_objective_of_ones_own_sees_all_of_a_gated_run(one_vlm):
+    """Whatever it does with the advantages: every response is scored under the mask. What nobody scored is None."""
+    model, processor = one_vlm
+    groups, seen = make_groups(model, processor), []
+    for group in groups:
+        group.advantages = torch.linspace(-1, 1, len(group.responses))
+
+    def mine(config, masked_logps, masked_entropy, **rest):
+        seen.append(masked_logps)
+        return papo_loss(config, masked_logps=masked_logps, masked_entropy=masked_entropy, **rest)
+
+    config = PAPOConfig(**WEIGHTS | dict(eta2=0.0), gated=True)
+    papo_step(model, Recorder(model), config, groups, objective=mine)
+    for given, group in zip(seen, groups):
+        wanted, _ = papo.group_logps(model, group.masked_prompt, group.responses, config.temperature)
+        torch.testing.assert_close(given, wanted)
+    for group in groups:
+        group.masked_prompt = None
+    papo_step(model, Recorder(model), PAPOConfig(gamma=0.0, beta=0.0), groups, objective=mine)
+    assert seen[-1] is None
+
+
 def test_mask_ratio_zero_makes_the_perception_kl_exactly_zero(one_vlm):
     """Nothing is hidden: both passes see the same pixels, so the KL is 0 to the bit and its gradient too."""
     model, processor = one_vlm

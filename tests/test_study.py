@@ -72,6 +72,12 @@ def test_the_study_runs_and_resumes(tmp_path):
     assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
 
 
+def test_no_run_no_tables(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        reproduce.main(["--out", str(tmp_path), "--only", "nosuch"])
+    assert "no arm of that name" in capsys.readouterr().err and not (tmp_path / "arms.csv").exists()
+
+
 def test_a_failing_run_stops_the_study(tmp_path, monkeypatch):
     monkeypatch.setitem(reproduce.ARMS, "grpo", (range(1), "grpo", {"gamma": -1.0}))
     with pytest.raises(ts.UserError, match="gamma must lie in"):

@@ -813,7 +813,12 @@ ask(lambda name: ts.load_model(ts.RunConfig(model=name)), "some/model")
         ("--seed -1", "seed must lie in"),
         ("--model {folder} --dataset {parquet} --split test", "has no splits"),
         ("--algorithm grpo --gamma 0.1", "it is --algorithm papo-g"),
+        ("--preset grpo --gamma 3", "it is --algorithm papo-g"),
         ("--lora 4", "--lora needs --model"),
+        ("--split test", "--split needs --dataset"),
+        ("--min-pixels 500", "--min-pixels needs --dataset"),
+        ("--model {folder} --dataset {parquet} --task largest", "--task is of the embedded world"),
+        ("--model {run}", "is a run; its model is"),
         ("--out {parquet}", "is a file"),
         ("--model {other}", "is a gpt2; supported are qwen2_vl"),
         ("--model {empty}", "cannot be loaded"),
@@ -825,7 +830,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     flags, says, one_folder, parquet, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(toy, "warm_start", lambda **_: pytest.fail("the warm start began"))
+    monkeypatch.setattr(toy, "warm_start", lambda *_, **__: pytest.fail("the warm start began"))
     import pathlib
     import shutil
 
@@ -846,7 +851,8 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
     (tmp_path / "models" / "other").mkdir()
     (tmp_path / "models" / "other" / "config.json").write_text('{"model_type": "gpt2"}')
-    names = {name: str(tmp_path / "models" / name) for name in ("cut", "empty", "lacking", "nan", "other")}
+    (tmp_path / "models" / "run" / "checkpoint").mkdir(parents=True)
+    names = {name: str(path) for name, path in ((p.name, p) for p in (tmp_path / "models").iterdir())}
     with pytest.raises(SystemExit) as stop:
         ts.main(flags.format(folder=one_folder, parquet=parquet, **names).split())
     message = capsys.readouterr().err.strip().splitlines()[-1]
