@@ -277,7 +277,7 @@ def test_a_verdict_has_both_numbers(capsys):
 
 ANSWERS = [  # a piece of each line that the exam points to
     "masked_fill((rewards == rewards[..., :1])",
-    "this yields the gradient of KL[pi_other || pi]",
+    "KL[pi_other || pi], the other direction",
     "torch.where(advantages < 0",
     'if mode == "sequence"',
     "predictor = left.where",
