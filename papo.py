@@ -177,7 +177,7 @@ class PAPOConfig:
     gated: bool = option(
         False,
         "ours: pay the perception KL only in responses of positive advantage, for tokens that the image "
-        "makes likelier; typical gamma with it 3 to 30",
+        "makes likelier; typical gamma with it 1 to 10",
     )
     masked_grad: Literal["detached", "entropy", "full"] = option(
         None,
@@ -1018,7 +1018,8 @@ def perception_gate(logps, masked_logps, advantages):
     both ways, in right and wrong responses alike. What passes the gate pushes only upwards, by less than
     gamma, and only tokens of responses above their group's mean: through pi, no sampled token is pushed
     against its advantage, whatever gamma is, and equal rewards pay nothing. (masked_grad="full" lowers
-    pi_mask of the same tokens, too.)"""
+    pi_mask of the same tokens, too.) The gate trusts the reward: where a guess is often right, it also pays
+    responses that misread the image and were lucky, and a large gamma can still do harm."""
     check_shapes(logps=(logps, "B T"), masked_logps=(masked_logps, "B T"), advantages=(advantages, "B"))
     return (advantages[:, None] > 0) & (logps > masked_logps)  # (B, T)
 
