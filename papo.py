@@ -79,10 +79,11 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
      3. H[pi_mask] can be trained ("entropy", "full"); in [2] it is scored without gradient, so eta2 changes
         nothing.
      4. Entropies are exact sums over the vocabulary. [2] uses -log pi of the sampled tokens (here
-        entropy=None): on-policy, its expected gradient is zero for every token given its prefix. Averaged
-        with 1/|o|, a pull towards shorter responses is left, since a token's weight depends on the tokens
-        after it. The sampled H[pi_mask] estimates the cross-entropy of pi and pi_mask: lowering it
-        pulls them together, against gamma. [1] prints log pi without the minus.
+        entropy=None): on-policy, its expected gradient is zero for every token given its prefix. Only the
+        average with 1/|o| leaves a pull towards shorter responses, since a token's weight depends on the
+        tokens after it. The tokens are drawn from pi, so -log pi_mask of them estimates no entropy but the
+        cross-entropy of pi and pi_mask: lowering it pulls the two together, against gamma. [1] prints log pi
+        without the minus.
      5. The perception KL treats pi_mask as a constant, as [2]. "full" lets gradient through it, as Eq. 2 of
         [1] implies, and is easier to hack: the network can raise the KL by answering nonsense to masked
         images.
@@ -99,9 +100,9 @@ WHERE THIS DIFFERS FROM THE PAPER [1] AND THE RELEASED CODE [2], AND WHY
     11. Vision tokens are never sampled: in a response they would be taken for image positions. Scoring leaves
         them in the distribution.
     12. A whole group is scored as one row (see group_row): the same numbers, for a fraction of the cost
-        wherever the prompt is longer than the responses.
-    13. gated=True is ours, in neither: it pays the perception KL only where it cannot work against the reward
-        (see perception_gate). Off by default.
+        wherever the prompt is longer than the responses (and dearer where it is much shorter).
+    13. gated=True is ours, in neither: it pays the perception KL only where it does not push against the
+        reward (see perception_gate). Off by default.
 """
 
 import contextlib
@@ -137,8 +138,8 @@ def option(default, help):
 
 
 class Settled(str):
-    """The masked_grad of a config that was made without one. dataclasses.replace(config, eta2=...) hands it
-    on like any field; by this type the new config knows that nobody chose it, and settles it anew."""
+    """Marks a masked_grad that nobody gave, so that a config made from this one, as by
+    dataclasses.replace(config, eta2=...), chooses again."""
 
 
 @dataclass
@@ -221,7 +222,7 @@ class PAPOConfig:
     def __post_init__(self):
         if self.masked_grad is None or isinstance(self.masked_grad, Settled):
             self.masked_grad = Settled("entropy" if self.eta2 > 0 else "detached")
-        ranges = {  # name: (smallest, largest); "not a <= x <= b" also refuses nan
+        ranges = {  # name: (smallest, largest); written as "not low <= x", so that nan fails, too
             **dict.fromkeys(("gamma", "beta", "eta1", "eta2", "clip_high", "weight_decay"), (0, 1e3)),
             **dict.fromkeys(("clip_low", "mask_ratio", "format_weight"), (0, 1)),
             "clip_dual": (1, math.inf),
@@ -293,8 +294,7 @@ PROMPT_SUFFIX = " First think inside <think> </think>, then put the final answer
 
 def fit_image(processor, image):
     """Resize an image to what the vision tower will see: nearly its shape, both sides multiples of patch x
-    merge, an area within the processor's bounds, or near them where these leave no such size. A second call
-    changes nothing.
+    merge, an area within the processor's bounds. A second call changes nothing.
 
     image: PIL, or a path, URL or data URL. Returns a new RGB image.
     Raises ValueError for an image more than 200 times longer than wide."""
@@ -460,8 +460,8 @@ class RoomyLayer(DynamicLayer):
     """One layer of a KV cache that writes a new token in place; transformers' own copies all that is there to
     append one.
 
-    filled: the layer after the prefill of n prompts. What repeats is the prompt: its keys and values,
-    computed once, are copied for each of its G responses: rows 0 to G - 1 continue the first prompt."""
+    filled: the layer after the prefill of n prompts. A prompt's keys and values, computed once, are
+    copied for each of its G responses: rows 0 to G - 1 continue the first prompt."""
 
     def __init__(self, filled, group_size):
         super().__init__()
@@ -544,7 +544,7 @@ def sample_groups(
         done |= torch.isin(token, ends)
         if done.all() or t + 1 == max_new_tokens:
             break
-        # Drop the ended rows once they are a quarter: each time copies the cache.
+        # Drop the ended rows, but only once they are a quarter: dropping copies the cache.
         if done.sum() >= len(done) / 4:
             going = (~done).nonzero()[:, 0]  # (B',)
             rows, token, position, bias, done = (x[going] for x in (rows, token, position, bias, done))
@@ -575,8 +575,9 @@ MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same 
 #     same_by_rule      numbers, units, letters: exact and in microseconds; where it does not know
 #     same_by_rule      once more, for each piece between commas and the like; where it does not know
 #     same_by_algebra   math-verify, in a child process
-# tidy's tables; every arrow is true of tidy as a whole. One spelling for characters (those of full width lie
-# 0xFEE0 above ASCII): （１，２） -> (,1,2,); −3 -> -3; x² -> x^2; 2½ -> 2\frac{1}{2}; 9∘ -> 9°; ×5 -> \times 5
+# tidy's tables; each arrow shows what tidy makes of it in the end. One spelling for characters (those of full
+# width lie 0xFEE0 above ASCII): （１，２） -> (,1,2,); −3 -> -3; x² -> x^2; 2½ -> 2\frac{1}{2}; 9∘ -> 9°
+# ×5 -> \times 5
 CHARACTERS = {0xFEE0 + code: chr(code) for code in range(0x21, 0x7F)}
 CHARACTERS |= str.maketrans(dict(zip("−–—。、∘º∶", "---.,°°:")) | {"²": "^2", "³": "^3", "℃": "°C"})
 CHARACTERS |= str.maketrans({"π": r"\pi ", "×": r"\times ", "½": " 1/2", "¼": " 1/4", "¾": " 3/4"})
@@ -900,8 +901,8 @@ def group_row(model, prompt, responses):
         position  every response starts anew right after the prompt's largest position
 
     So each response is scored as if it stood alone after the prompt, but the image is encoded once, the
-    prompt runs once, and there is no padding. For P = 3, |o_1| = 2, |o_2| = 1 (# is seen, . is not; an image
-    in the prompt has fewer positions than tokens, so that responses may start below P):
+    prompt runs once, and there is no padding. For P = 3, |o_1| = 2, |o_2| = 1 (# is seen, . is not; a1 and b0
+    are last tokens and predict nothing):
 
         query     p0 p1 p2 a0 a1 b0     position    predicts
         p0         #  .  .  .  .  .        0
@@ -911,7 +912,8 @@ def group_row(model, prompt, responses):
         a1         #  #  #  #  #  .        4
         b0         #  #  #  .  .  #        3
 
-    A first token is predicted by the prompt's last position: its left neighbour in the row belongs to another
+    An image in the prompt has fewer positions than tokens, so that with one the responses start below P. A
+    first token is predicted by the prompt's last position: its left neighbour in the row belongs to another
     response, or is the prompt's last position itself. Returns the model's inputs and, for each response
     token, the index of the position that predicts it: (N,), here [2, 3, 2]."""
     device = model.device
@@ -921,12 +923,12 @@ def group_row(model, prompt, responses):
     owner = torch.repeat_interleave(torch.tensor([P, *lengths]))  # (L,) 0: the prompt, i: response o_i
     owner = owner.to(device)
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own response, or prompt
-    visible = visible.tril()[None, None]  # (1, 1, L, L) and never the future
+    visible = visible.tril()[None, None]  # (1, 1, L, L) and nothing further right in the row
     place = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) in its own response, from 0
     positions = rope_positions(model, row[:, :P], images)  # (3, 1, P)
     after = positions.max() + 1 + place  # (N,)
     positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)  # (3, 1, L) text: all three alike
-    left = torch.arange(P - 1, row.shape[1] - 1, device=device)  # (N,) each response token's left neighbour
+    left = torch.arange(P - 1, row.shape[1] - 1, device=device)  # (N,) left neighbours in the row
     predictor = left.where(place > 0, P - 1)  # (N,)
     bias = attention_bias(visible, model.dtype)  # (1, 1, L, L)
     inputs = dict(input_ids=row, attention_mask=bias, position_ids=positions, use_cache=False, **images)
