@@ -1091,9 +1091,8 @@ def papo_loss(
     check_shapes(
         **{name: (x, "B T") for name, x in given.items() if x is not None}, advantages=(advantages, "B")
     )
-    pays = config.gamma and (
-        not config.gated or (advantages > 0).any()
-    )  # does the perception KL pay any response?
+    # Does the perception KL pay any response?
+    pays = config.gamma and (not config.gated or (advantages > 0).any())
     if masked_logps is None and (pays or config.eta2):
         raise ValueError("gamma or eta2 is not 0: papo_loss needs masked_logps")
     if ref_logps is None and config.beta:

@@ -115,16 +115,16 @@ ARMS = {  # name: (seeds, arms it is compared with, flags of train_small.py that
         dict(algorithm="papo-d", gamma=0.0),
     ),  # what the entropy terms do alone
     **{
-        f"papo-d-{name}": (
+        f"papo-d-{kind}-{gamma:g}": (
             seeds,
             "dapo papo-d-entropy-only",
-            dict(algorithm="papo-d", **term(name.split("-")[0], gamma)),
+            dict(algorithm="papo-d", **term(kind, gamma)),
         )
-        for name, gamma, seeds in (
-            (f"gamma-{BEST:g}", BEST, EIGHT),
-            ("gamma-3", 3.0, FOUR),
-            ("gated-10", 10.0, FOUR),
-            ("gated-100", 100.0, FOUR),
+        for kind, gamma, seeds in (
+            ("gamma", BEST, EIGHT),
+            ("gamma", 3.0, FOUR),
+            ("gated", BEST_GATED, FOUR),
+            ("gated", 100.0, FOUR),
         )
     },
     **{

@@ -41,7 +41,6 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
 from transformers.image_utils import load_image
 
-import report
 import toy
 from papo import (
     HEAD_CHUNK,
@@ -58,7 +57,16 @@ from papo import (
     score_constants,
     split_batch,
 )
-from report import SAMPLES, look_closely, model_card, plot_curves, plot_tokens, print_table, write_samples
+from report import (
+    SAMPLES,
+    look_closely,
+    model_card,
+    plot_curves,
+    plot_tokens,
+    print_table,
+    versions,
+    write_samples,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The command line: one flag per field of PAPOConfig and of RunConfig
@@ -173,9 +181,8 @@ class RunConfig:
         for name, value in vars(self).items():
             if isinstance(value, str) and not value.strip():
                 raise ValueError(f"--{name.replace('_', '-')} is empty")
-        for (
-            name
-        ) in "eval_size eval_every save_every steps max_samples lora min_pixels max_prompt_tokens".split():
+        counts = "eval_size eval_every save_every steps max_samples lora min_pixels max_prompt_tokens"
+        for name in counts.split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
@@ -324,9 +331,8 @@ class Rows:
         try:
             row = read_row(self.dataset[index], self.columns, self.folder)
             if self.processor:
-                row["images"] = [
-                    fit_image(self.processor, row["images"][0])
-                ]  # a photo may be ten times as large
+                # A photo may be ten times as large as what the vision tower sees of it.
+                row["images"] = [fit_image(self.processor, row["images"][0])]
                 row["prompt"] = encode_prompt(self.processor, row["problem"], row["images"][0])
                 if row["prompt"]["input_ids"].shape[1] > self.max_prompt_tokens:
                     raise ValueError(f"prompt longer than {self.max_prompt_tokens} tokens")
@@ -563,6 +569,7 @@ def load(run):
 
 
 def best_device():
+    """The GPU, or the CPU where there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -963,9 +970,8 @@ def claimed_folder(config, run, holds):
     """Set run.out to a folder that holds none of the files `holds`, and take it by creating the first of them, which only one
     process can. If what runs inside fails, all that was made is removed."""
     base = Path(run.out or default_out(config, run))
-    taken = (
-        holds if run.out else (*RUN_FILES, "eval.jsonl")
-    )  # a run and some model's evaluation share no default name
+    # A run and some model's evaluation share no default name.
+    taken = holds if run.out else (*RUN_FILES, "eval.jsonl")
     for number in itertools.count(1):
         out = base if number == 1 else base.with_name(f"{base.name}-{number}")
         try:
@@ -1138,7 +1144,7 @@ def train(config, run):
     else:
         history = [{"step": 0, **evaluation()}]
         log(history[0])
-    settings = settings_of(config, run) | {"versions": report.versions(), "device": plan["device"]}
+    settings = settings_of(config, run) | {"versions": versions(), "device": plan["device"]}
     write_whole(out / "config.json", json.dumps(settings, indent=2, allow_nan=False) + "\n")
     write_whole(out / "metrics.jsonl", as_lines(history))
     with note_signals() as caught:
