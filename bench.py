@@ -47,10 +47,11 @@ from papo import (
     roll_out,
     sample_groups,
     score_constants,
+    split_batch,
     token_logps,
     vision_token_ids,
 )
-from train_small import RunConfig, Trainer, peak_rss
+from train_small import RunConfig, Trainer, parse_args, peak_rss
 
 # ------------------------------------------------------------------------------------------------------------
 # 1. Measuring
@@ -260,18 +261,27 @@ def sizes_of(questions, tokens, G=8):
 def make_step(work, gamma, questions, tokens):
     """A function that does one whole step (one update) and returns the seconds of its three phases."""
     config = PAPOConfig(gamma=gamma, learning_rate=1e-6, **sizes_of(questions, tokens))
+    return phases(work.model, work.processor, config, work.rows(questions))
+
+
+def phases(model, processor, config, rows):
+    """A function that does one whole step, on a copy of the model, and returns the seconds of its three
+    phases."""
     run = RunConfig(gradient_checkpointing=False)
-    trainer = Trainer(copy.deepcopy(work.model), work.processor, config, run, work.rows(questions))
+    trainer = Trainer(copy.deepcopy(model), processor, config, run, rows)
 
     def step():
         groups, model = [], trainer.model
-        sample = lambda: groups.extend(
-            roll_out(model, work.processor, config, trainer.rows, trainer.generator)[0]
-        )
+        sample = lambda: groups.extend(roll_out(model, processor, config, trainer.rows, trainer.generator)[0])
         return (
             seconds(sample),
             seconds(lambda: score_constants(model, trainer.reference, config, groups)),
-            seconds(lambda: papo_step(model, trainer.optimizer, config, groups)),
+            seconds(
+                lambda: [
+                    papo_step(model, trainer.optimizer, config, update)
+                    for update in split_batch(config, groups)
+                ]
+            ),
         )
 
     return step
@@ -287,6 +297,24 @@ def training_steps(works, questions=(16, 4, 2), tokens=40):
         shares = [f"{median(papo[i] / sum(papo) for papo, _ in rounds):.0%}" for i in range(3)]
         note = f"{median(sum(papo) for papo, _ in rounds):.2f} s"
         yield work.name, f"{n} x 8 x {tokens}", spread(whole), spread(update), *shares, note
+
+
+def gated_steps(model, processor, *sizes):
+    """The first steps of train_small.py on the digits: in a gated run the rewards decide what is scored with
+    the masked image, so they have to be real ones."""
+    rows, terms = toy.toy_dataset("train", 256), ("PAPO, gamma 0.3", "gated, gamma 10")
+    flags = ["--gamma=0.3"], ["--gamma=10", "--gated=True"], ["--gamma=0"]
+    steps = [phases(model, processor, parse_args([*given, *sizes])[0], rows) for given in flags]
+    rounds = [[sum(phase) for phase in step] for step in alternate(*steps)]
+    for i, name in enumerate(terms):
+        ratios = [times[i] / times[-1] for times in rounds]
+        yield name, spread(ratios), f"{median(times[i] for times in rounds):.2f} s"
+
+
+def warm_start():
+    """The model and processor that train_small.py starts from; a minute or two where they are not cached."""
+    model, processor = toy.warm_start()
+    return model.to(DEVICE), processor
 
 
 def trl_trainer(work, questions, tokens, folder):
@@ -407,6 +435,11 @@ TABLES = (  # title, columns, the generator of rows
         "A step of PAPO (gamma 0.02) over one of GRPO, beta 0.01, one update; and how PAPO's step divides",
         "work, questions x G x tokens, whole step, update, sample, score, update's share, PAPO's step",
         training_steps,
+    ),
+    (
+        "The digits, from the warm start: a step over one of GRPO, beta 0.01, two updates",
+        "perception term, whole step, its step",
+        lambda works: gated_steps(*warm_start()),
     ),
     (
         "Sampling: tokens per second of sample_groups over those of model.generate",

@@ -69,6 +69,7 @@ def test_every_table_is_printed(works, monkeypatch, capsys):
         (
             bench.group_rows(small, lengths=(6,), groups=(4,)),
             bench.training_steps(small, questions=(1,), tokens=4),
+            bench.gated_steps(works[0].model, works[0].processor, "--prompts-per-batch=2", "--group-size=2"),
             bench.sampling(small, questions=(1,), tokens=4),
             [("one", "two", "three", "four")],
             bench.mask_waste(),
