@@ -404,7 +404,7 @@ def plot_ladders(runs, path, xlabel, panels):
         for count in sorted({len(runs[arm]) for ladder in ladders.values() for arm in ladder.values()}):
             level = mean(measured(runs[base][seed], "accuracy", when) for seed in list(runs[base])[:count])
             style = "--" if count >= 8 else ":"
-            labels[f"GRPO, {count} seeds"] = axis.axhline(level, color=COLOURS[0], linestyle=style)
+            labels[f"gamma 0, {count} seeds"] = axis.axhline(level, color=COLOURS[0], linestyle=style)
         axis.set(xscale="log", xlabel=xlabel, title=f"{title}, %", ylim=(-3, 103))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
@@ -483,7 +483,7 @@ def draw(runs, out):
     }
     signs = ["eval_accuracy", "reward", "kl_prcp", "clip_high_fraction", "entropy", "masked_entropy"]
     plot_curves(runs, out / "signs.png", [(steep, signs[i : i + 2]) for i in (0, 2, 4)])
-    ladders = {  # {label: {gamma: arm}} of each world
+    ladders = {  # {label: {gamma: arm}} of each world, and of PAPO-D
         world: {
             label: {
                 flags["gamma"]: arm
@@ -492,13 +492,15 @@ def draw(runs, out):
             }
             for kind, label in (("gamma", "PAPO"), ("gated", "gated"))
         }
-        for world in ("", "largest-")
+        for world in ("", "largest-", "papo-d-")
     }
     ladders[""]["PAPO"] |= {0.02: "papo-g"}
+    ladders["papo-d-"]["PAPO"] |= {0.01: "papo-d"}
     moments = (("accuracy over the run", "run"), ("accuracy at the end", "end"))
-    both = lambda ladders: [(title, when, "grpo", ladders) for title, when in moments]
-    plot_ladders(runs, out / "gamma.png", "gamma", both({"PAPO": ladders[""]["PAPO"]}))
-    plot_ladders(runs, out / "gated.png", "gamma", both(ladders[""]))
+    both = lambda base, ladders: [(title, when, base, ladders) for title, when in moments]
+    plot_ladders(runs, out / "gamma.png", "gamma", both("grpo", {"PAPO": ladders[""]["PAPO"]}))
+    plot_ladders(runs, out / "gated.png", "gamma", both("grpo", ladders[""]))
+    plot_ladders(runs, out / "papo-d.png", "gamma", both("papo-d-entropy-only", ladders["papo-d-"]))
     relative = {
         world: {
             label: {gamma / (BEST if label == "PAPO" else BEST_GATED): arm for gamma, arm in ladder.items()}
