@@ -558,6 +558,10 @@ def load(run):
     if run.dataset:
         rows, held_out = load_rows(run, processor)
     else:
+        for task in toy.TASKS if run.model else ():  # each has a vocabulary of its own
+            vocabulary = toy.toy_processor(task).tokenizer.get_vocab()
+            if task != run.task and processor.tokenizer.get_vocab() == vocabulary:
+                raise UserError(f"--model {run.model} answers --task {task}, not --task {run.task}")
         rows = toy.toy_dataset("train", 2048, run.digits, run.seed, run.task)
         # Held out are the same questions for every seed.
         held_out = toy.toy_dataset("test", run.eval_size, run.digits, 0, run.task)

@@ -818,6 +818,7 @@ ask(lambda name: ts.load_model(ts.RunConfig(model=name)), "some/model")
         ("--split test", "--split needs --dataset"),
         ("--min-pixels 500", "--min-pixels needs --dataset"),
         ("--model {folder} --dataset {parquet} --task largest", "--task is of the embedded world"),
+        ("--model {largest}", "answers --task largest, not --task sum"),
         ("--model {run}", "is a run; its model is"),
         ("--out {parquet}", "is a file"),
         ("--model {other}", "is a gpt2; supported are qwen2_vl"),
@@ -849,6 +850,9 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     tensors = safetensors.torch.load_file(weights)
     tensors[max(tensors)].view(-1)[-1] = float("nan")
     safetensors.torch.save_file(tensors, weights, metadata={"format": "pt"})
+    processor = toy.toy_processor("largest")
+    for part in (toy.toy_model(processor), processor):
+        part.save_pretrained(tmp_path / "models" / "largest")
     (tmp_path / "models" / "other").mkdir()
     (tmp_path / "models" / "other" / "config.json").write_text('{"model_type": "gpt2"}')
     (tmp_path / "models" / "run" / "checkpoint").mkdir(parents=True)
