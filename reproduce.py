@@ -36,6 +36,7 @@ import json
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -173,6 +174,10 @@ ARMS = {  # name: (seeds, arms it is compared with, flags of train_small.py that
             "eta1": dict(eta1=0.05),  # to the bit also eta1 = eta2 = 0.05 with masked_grad "detached"
         }.items()
     },
+    # Controls: what the small entropy does without the perception term; and what a push of the gated term's
+    # size does that does not ask what a token owes to the image.
+    "control-eta1": (EIGHT, f"grpo gamma-{BEST:g}", dict(gamma=0.0, eta1=0.05)),
+    "control-push": (FOUR, f"grpo gated-{BEST_GATED:g}", dict(gamma=BEST_GATED)),
 }
 
 
@@ -197,7 +202,16 @@ def vppo_loss(config, logps, old_logps, advantages, response_mask, masked_logps,
     return loss, {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
 
 
-OBJECTIVES = {"vppo": vppo_loss}  # of arms that have one of their own
+def push_loss(config, logps, advantages, response_mask, **rest):
+    """The control of the gated term: gamma log pi instead of gamma k3, for every token of a response with A > 0."""
+    loss, metrics = papo_loss(
+        replace(config, gamma=0.0), logps, advantages=advantages, response_mask=response_mask, **rest
+    )
+    right = (advantages[:, None] > 0) * logps  # (B, T)
+    return loss - config.gamma * aggregate(right, response_mask, config.aggregation), metrics
+
+
+OBJECTIVES = {"vppo": vppo_loss, "control-push": push_loss}  # of arms that have one of their own
 
 
 def run_arm(name, seed, quick, path):
