@@ -532,16 +532,13 @@ def draw(runs, out):
         f"long-gated-{BEST_GATED:g}": f"gated, gamma {BEST_GATED:g}",
     }
     plot_curves(runs, out / "long.png", [(long, accuracy)])
-    grads = {"detached": "", "entropy": "", "full": ", full gradient"}
-    rescues = {
-        f"rescue-{name}-{grad}-{estimate}": f"{name}, {estimate}{grads[grad]}"
-        for estimate in ("exact", "sampled")
-        for name in ETAS
-        for grad in GRADS[name]
+    rescues = {  # those on eight seeds
+        rescue: "no rescue",
+        "rescue-eta1-detached-exact": "eta1",
+        "rescue-eta2-entropy-exact": "eta2",
+        "rescue-both-entropy-exact": "eta1 and eta2",
     }
-    labels = {rescue: "no rescue", "rescue-none-full": "none, full gradient", "rescue-beta": f"beta {BETA:g}"}
-    labels |= rescues | {"entropy-only": "gamma 0, eta1, exact", "grpo": "GRPO"}
-    plot_arms(runs, out / "rescue.png", rescue, labels)
+    plot_arms(runs, out / "rescue.png", rescue, rescues | {"grpo": "GRPO"})
     masks = {"mask-0.4": "40 % black", best: "60 % black", "mask-0.8": "80 % black", "mask-1": "all black"}
     plot_arms(runs, out / "mask.png", best, masks | {"grpo": "GRPO"})
     variants = {
