@@ -432,7 +432,7 @@ def plot_arms(runs, path, baseline, labels):
     """Held-out accuracy at the end, a dot per seed and the mean; and over the run the paired difference from
     the baseline, with its 95 % interval. labels: {arm: words}."""
     arms, seeds = seeds_of_all(runs, labels)
-    if len(arms) < 2 or baseline not in arms:
+    if len(arms) < 3 or baseline not in arms:  # the baseline and GRPO alone
         return
     over, end = (
         {arm: [measured(runs[arm][seed], "accuracy", when) for seed in seeds] for arm in arms}
