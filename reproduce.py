@@ -398,6 +398,7 @@ def plot_ladders(runs, path, xlabel, panels):
         return
     figure = Figure(figsize=(WIDTH, 3.9), layout="constrained")
     labels = {}  # label: what is drawn
+    many_or_few = lambda count: "8 seeds" if count >= 8 else "3 or 4 seeds"
     for axis, (title, when, base, ladders) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False).flat, panels
     ):
@@ -406,7 +407,7 @@ def plot_ladders(runs, path, xlabel, panels):
                 values = [measured(lines, "accuracy", when) for lines in runs[arm].values()]
                 many, x = len(values) >= 8, x * 1.1**k  # side by side
                 axis.plot([x] * len(values), values, ".", color=colour, alpha=0.4, markeredgewidth=0)
-                labels[f"{name}, {len(values)} seeds"] = axis.errorbar(
+                labels[f"{name}, {many_or_few(len(values))}"] = axis.errorbar(
                     x,
                     mean(values),
                     interval(values)[1] if many else None,
@@ -419,7 +420,7 @@ def plot_ladders(runs, path, xlabel, panels):
         for count in sorted({len(runs[arm]) for ladder in ladders.values() for arm in ladder.values()}):
             level = mean(measured(runs[base][seed], "accuracy", when) for seed in list(runs[base])[:count])
             style = "--" if count >= 8 else ":"
-            labels[f"gamma 0, {count} seeds"] = axis.axhline(level, color=COLOURS[0], linestyle=style)
+            labels[f"gamma 0, {many_or_few(count)}"] = axis.axhline(level, color=COLOURS[0], linestyle=style)
         axis.set(xscale="log", xlabel=xlabel, title=f"{title}, %", ylim=(-3, 103))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
