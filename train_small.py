@@ -558,9 +558,9 @@ def load(run):
     if run.dataset:
         rows, held_out = load_rows(run, processor)
     else:
-        for task in toy.TASKS if run.model else ():  # each has a vocabulary of its own
-            vocabulary = toy.toy_processor(task).tokenizer.get_vocab()
-            if task != run.task and processor.tokenizer.get_vocab() == vocabulary:
+        vocabulary = lambda processor: processor.tokenizer.get_vocab()  # each task has its own
+        for task in toy.TASKS.keys() - {run.task} if run.model else ():
+            if vocabulary(processor) == vocabulary(toy.toy_processor(task)):
                 raise UserError(f"--model {run.model} answers --task {task}, not --task {run.task}")
         rows = toy.toy_dataset("train", 2048, run.digits, run.seed, run.task)
         # Held out are the same questions for every seed.

@@ -7,7 +7,7 @@ import torch
 
 import reproduce
 import train_small as ts
-from papo import PAPOConfig
+from papo import PAPOConfig, papo_loss
 
 
 def vppo_by_hand(logps, old_logps, advantages, lengths, masked_logps, clip_low, clip_high):
@@ -50,6 +50,20 @@ def test_vppo_is_its_papers_objective():
         assert loss.item() == pytest.approx(wanted, rel=1e-5) and metrics["loss"] == pytest.approx(
             wanted, rel=1e-5
         )
+
+
+def test_the_push_asks_nothing_of_the_image():
+    """GRPO's loss minus gamma times the mean log pi of the responses with A > 0, padding aside."""
+    generator = torch.Generator().manual_seed(0)
+    logps, masked, ref = (-3 * torch.rand(3, 4, generator=generator, dtype=torch.float64) for _ in range(3))
+    advantages, lengths = torch.tensor([1.2, -0.7, 0.5], dtype=torch.float64), [4, 3, 2]
+    mask = torch.tensor([[float(t < n) for t in range(4)] for n in lengths])  # (B, T)
+    given = dict(old_logps=logps, advantages=advantages, response_mask=mask, ref_logps=ref)
+    grpo, _ = papo_loss(PAPOConfig(gamma=0.0), logps, **given)
+    wanted = grpo - 10 * sum(logps[i, : lengths[i]].mean() for i in (0, 2)) / 3
+    for other in (masked, logps):
+        loss, _ = reproduce.push_loss(PAPOConfig(gamma=10.0), logps, masked_logps=other, **given)
+        assert loss.item() == pytest.approx(wanted.item(), rel=1e-9)
 
 
 def test_every_arm_parses_and_is_compared_with_an_arm_of_its_seeds():
