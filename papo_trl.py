@@ -84,7 +84,7 @@ class PAPOTrainer(GRPOTrainer):
         logps, entropy = self.score(model, inputs, inputs["pixel_values"], config.eta1)  # (B, T) each
         masked_logps, masked_entropy = None, None
         if "masked_pixels" in inputs:
-            with torch.set_grad_enabled(config.masked_grad != "detached"):
+            with torch.set_grad_enabled(config.mask_gradient != "detached"):
                 pixels = torch.cat(inputs["masked_pixels"])  # (B x patches, channels x time x patch^2)
                 masked_logps, masked_entropy = self.score(model, inputs, pixels, config.eta2)  # (B, T) each
         old_logps = inputs.get("old_per_token_logps", logps.detach())  # left out where pi_old is pi_theta

@@ -231,7 +231,7 @@ def look_closely(model, processor, config, rows):
             response = dict(tokens=list(zip(words, gains[i])), misread=wrong, error=error)
             responses.append(response | dict(score=group.scores[i], advantage=group.advantages[i].item()))
         image = fit_image(processor, group.row["images"][0])
-        shown.append({"row": group.row, "image": image, "masked": group.masked_image, "responses": responses})
+        shown.append({"row": group.row, "image": image, "masked": group.masked_images[0], "responses": responses})
     return shown
 
 

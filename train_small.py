@@ -687,7 +687,7 @@ def estimate_memory(model, config, run, prompt_tokens, image_tokens) -> dict[str
         trained, each = sum(run.lora * sum(shape) for shape in shapes), 4
     kahan = run.precision == "bf16-kahan" and not run.lora
     weights = sum(p.nbytes for p in model.parameters())
-    layers, graphs = text.num_hidden_layers, 1 + (config.gamma > 0 and config.masked_grad != "detached")
+    layers, graphs = text.num_hidden_layers, 1 + (config.gamma > 0 and config.mask_gradient != "detached")
     one = layer_bytes(L, H, text.num_attention_heads * head, text.intermediate_size, width)
     patches = image_tokens * vision.spatial_merge_size**2
     size = getattr(vision, "embed_dim", vision.hidden_size)
