@@ -1,4 +1,4 @@
-"""bench.py: what its ratios compare is the same work, and its counts are right."""
+"""study/bench.py: what its ratios compare is the same work, and its counts are right."""
 
 from itertools import product
 
@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import random_responses, two_prompts
 
-import bench
 import papo
+import train_small
+from study import bench
 
 
 @pytest.fixture(scope="module")
@@ -36,17 +37,11 @@ def test_visible_scores_are_those_of_group_rows_own_mask(one_vlm):
     assert bench.visible_scores(P, [4, 1, 6]) == int((mask == 0).sum()) == by_hand
 
 
-def test_what_the_dense_mask_wastes_by_count():
-    one_row, padded = bench.mask_waste(P=10, G=2, T=3)
-    assert one_row == ("one row", "256", "127", "2.0")  # 16 x 16; 55 + 2 (30 + 6)
-    assert padded == ("2 padded rows", "338", "182", "1.9")  # 2 x 13 x 13; 2 x 91
-
-
 def test_no_response_ends_early_either_way(works):
     work = works[0]
     torch.manual_seed(0)
     prompts = work.prompts(2)
-    ours = bench.sample_groups(work.model, work.processor, prompts, 3, 40)
+    ours = papo.sample_groups(work.model, work.processor, prompts, 3, 40)
     theirs = bench.generate(work.model, work.processor, prompts, 3, 40)
     assert [len(o) for group in ours for o in group] == [40] * 6 and theirs.shape == (6, 40)
     never = torch.tensor(papo.vision_token_ids(work.model))
@@ -58,24 +53,24 @@ def test_the_works_have_the_stated_sizes(works):
     grids = [work.prompts(1)[0]["image_grid_thw"].prod().item() // 4 for work in works]
     assert grids == [4, 256, 256]  # visual tokens
     text = works[2].model.config.text_config
-    assert [text.hidden_size * 8, text.intermediate_size * 8, text.vocab_size * 8] == [2048, 11008, 151936]
+    assert [text.hidden_size * 8, text.intermediate_size * 8, text.vocab_size * 8] == [
+        2048,
+        11008,
+        151936,
+    ]
 
 
 def test_every_table_is_printed(works, monkeypatch, capsys):
     monkeypatch.setattr(bench, "PAIRS", 1)
-    small = works[:1]
-    for (title, columns, _), rows in zip(
-        bench.TABLES,
-        (
-            bench.group_rows(small, lengths=(6,), groups=(4,)),
-            bench.training_steps(small, questions=(1,), tokens=4),
-            bench.gated_steps(works[0].model, works[0].processor, "--prompts-per-batch=2", "--group-size=2"),
-            bench.sampling(small, questions=(1,), tokens=4),
-            [("one", "two", "three", "four")],
-            bench.mask_waste(),
-        ),
-        strict=True,
-    ):
+    small, model, processor = works[:1], works[0].model, works[0].processor
+    made = (
+        bench.group_rows(small, lengths=(6,), groups=(4,)),
+        bench.training_steps(small, questions=(1,), tokens=4),
+        bench.gated_steps(model, processor, "--prompts-per-batch=2", "--group-size=2"),
+        bench.sampling(small, questions=(1,), tokens=4),
+        [("one", "two", "three", "four")],
+    )
+    for (title, columns, _), rows in zip(bench.TABLES, made, strict=True):
         bench.print_table(title, columns.split(", "), rows)
     tables = tables_in(capsys.readouterr().out)
     assert sum("| embedded world | " in table for table in tables) == 3
@@ -92,23 +87,22 @@ def tables_in(text):
 
 def test_trl_does_the_same_work(works, monkeypatch, capsys):
     """Both sides train with one config on as many responses, all of full length."""
-    pytest.importorskip(
-        "trl", reason="trl is not installed: pip install -r requirements-trl.txt", exc_type=ImportError
-    )
+    reason = "trl is not installed: pip install -r requirements-trl.txt"
+    pytest.importorskip("trl", reason=reason, exc_type=ImportError)
     import papo_trl
 
     monkeypatch.setattr(bench, "PAIRS", 1)
     ours, theirs, compute_loss = [], [], papo_trl.PAPOTrainer._compute_loss
 
-    def step(model, optimizer, config, groups):
+    def step(model, optimizer, config, groups, *rest):
         ours.append((vars(config), [len(o) for group in groups for o in group.responses]))
-        return papo.papo_step(model, optimizer, config, groups)
+        return papo.papo_step(model, optimizer, config, groups, *rest)
 
     def loss(self, model, inputs):
         theirs.append((vars(self.papo), inputs["completion_mask"].sum(1).tolist()))
         return compute_loss(self, model, inputs)
 
-    monkeypatch.setattr(bench, "papo_step", step)
+    monkeypatch.setattr(train_small, "papo_step", step)
     monkeypatch.setattr(papo_trl.PAPOTrainer, "_compute_loss", loss)
     title, columns, rows = bench.TRL_TABLE
     bench.print_table(title, columns.split(", "), rows(works[:1], questions=(1,), tokens=4))
@@ -122,5 +116,5 @@ def test_without_trl_one_line_says_how_to_get_it(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         bench.main(["--trl"])
     assert stop.value.code == 2
-    error = "bench.py: error: --trl needs trl: pip install -r requirements-trl.txt\n"
+    error = "study.bench: error: --trl needs trl: pip install -r requirements-trl.txt\n"
     assert capsys.readouterr() == ("", error)
