@@ -551,7 +551,7 @@ def test_two_processes_train_and_train_small_evaluates(warm_start, tmp_path, cap
 @pytest.mark.big
 def test_training_is_train_smalls():
     """Three seeds of the embedded world end within the spread of train_small.py's eight, and
-    results/trl.png shows both.
+    study/trl.png shows both.
 
     `pytest -m big -k train_smalls` draws it; runs/trl-seedN that are there are not repeated."""
     import matplotlib
@@ -560,7 +560,7 @@ def test_training_is_train_smalls():
     from matplotlib import pyplot as plt
 
     ends, figure = {"train_small.py": [], "papo_trl.py": []}, plt.figure(figsize=(5, 3.5))
-    for path in sorted((ROOT / "results" / "runs").glob("papo-g-seed*.jsonl.gz")):
+    for path in sorted((ROOT / "study" / "runs").glob("papo-g-seed*.jsonl.gz")):
         lines = [json.loads(line) for line in gzip.open(path, "rt")]
         curve = [(line["step"], line["eval_accuracy"]) for line in lines if "eval_accuracy" in line]
         ends["train_small.py"].append(curve[-1][1])
@@ -577,6 +577,6 @@ def test_training_is_train_smalls():
     plt.ylabel("held-out accuracy")
     plt.legend()
     figure.tight_layout()
-    figure.savefig(ROOT / "results" / "trl.png", dpi=120)
+    figure.savefig(ROOT / "study" / "trl.png", dpi=120)
     small = ends["train_small.py"]
     assert all(min(small) <= end <= max(small) for end in ends["papo_trl.py"]), ends
