@@ -1,6 +1,6 @@
 """The tests' small world: tiny random Qwen-VL models of three generations, each with a real
-transformers processor over a byte-level BPE trained on the spot, and the stock way to score a response,
-against which papo.py is held."""
+transformers processor over a byte-level BPE trained on the spot, and the stock way to score a
+response, against which papo.py is held."""
 
 import functools
 import os
@@ -32,12 +32,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_collection_finish(session):
-    """Make the embedded world's warm start while the first tests run, if it is not in the cache. One
-    process of the tests begins; whoever needs it meanwhile waits at the lock."""
+    """Make the embedded world's warm start while the first tests run, if it is not in the cache.
+    One process of the tests begins; whoever needs it meanwhile waits at the lock."""
     first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
     if first and any("warm_start" in getattr(item, "fixturenames", ()) for item in session.items):
         code = "import conftest; conftest.cached_warm_start()"
-        subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tests", stderr=subprocess.DEVNULL)
+        quiet = dict(cwd=ROOT / "tests", stderr=subprocess.DEVNULL)
+        subprocess.Popen([sys.executable, "-c", code], **quiet)
 
 
 def cached_warm_start():
@@ -55,11 +56,11 @@ def warm_start():
     return cached_warm_start()
 
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"]
-SPECIAL_TOKENS += ["<|image_pad|>", "<|video_pad|>"]
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"]
+SPECIAL_TOKENS += ["<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -104,18 +105,19 @@ def make_processor(architecture):
 
 
 def make_model(architecture, processor, vision_sizes=(), **text_sizes):
-    """fp32, weights of standard deviation 0.2: outputs far from uniform, and the picture matters (see
-    test_scoring)."""
+    """fp32, weights of standard deviation 0.2: outputs far from uniform, and the picture matters
+    (see test_scoring)."""
     name, _, _, patch = ARCHITECTURES[architecture]
     tokenizer = processor.tokenizer
     ids = dict(zip(SPECIAL_TOKENS, tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
     tied = architecture == "qwen2_5_vl"
-    text = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-    text |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096)
-    text |= dict(bos_token_id=None, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=tied)
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    text |= dict(num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=tied)
+    text |= dict(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None)
     text |= text_sizes
     width = text["hidden_size"]
-    vision = dict(depth=2, num_heads=2, patch_size=patch, spatial_merge_size=2, temporal_patch_size=2)
+    vision = dict(depth=2, num_heads=2, spatial_merge_size=2, temporal_patch_size=2)
+    vision["patch_size"] = patch
     if architecture == "qwen2_vl":
         vision |= dict(embed_dim=32, hidden_size=width, mlp_ratio=2)
     else:
@@ -126,7 +128,7 @@ def make_model(architecture, processor, vision_sizes=(), **text_sizes):
     if architecture == "qwen3_vl":
         vision |= dict(depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
         text["head_dim"] = head = 16
-    axis = head // 6  # of the head's rotary pairs: as many for height as for width, the rest for time
+    axis = head // 6  # rotary pairs for height, as many for width; the rest is for time
     sections = [head // 2 - 2 * axis, axis, axis]
     text["rope_parameters"] = dict(rope_type="default", rope_theta=100.0, mrope_section=sections)
     config = getattr(transformers, f"{name}Config")(
@@ -220,7 +222,8 @@ def shift_logits(model, shifts):
 
 
 def stock_logits(model, prompt, response):
-    """A response after its prompt through the model's own forward: (|o|, V), row t predicts token t."""
+    """A response after its prompt through the model's own forward: (|o|, V), row t predicts token
+    t."""
     ids = torch.cat([prompt["input_ids"], response[None]], dim=1)
     is_image = (ids == model.config.image_token_id).int()
     images = {name: prompt[name] for name in ("pixel_values", "image_grid_thw")}
