@@ -197,10 +197,9 @@ def test_hostile_strings_on_either_side(monkeypatch):
 def test_rules_are_quick_and_never_raise():
     """Everything that runs in this process is bounded, so fuzz it at the length limit."""
     rng = random.Random(0)
-    alphabet = (
-        r"{ } \ \frac \text{ \boxed{ ^ \circ ° % $ , . - e E / 1 23 000 A x ( ) √ ² ٣".split()
-    )
-    draw = lambda n: "".join(rng.choices([" ", *alphabet], k=n))[: grader.MAX_ANSWER_CHARS]
+    alphabet = r"{ } \ \frac \text{ \boxed{ ^ \circ ° % $ , . - e E / 1 23 000 A x ( ) √ ² ٣"
+    pieces = [" ", *alphabet.split()]
+    draw = lambda n: "".join(rng.choices(pieces, k=n))[: grader.MAX_ANSWER_CHARS]
     for length in [1, 2, 3, 4, 6] * 1500 + [100] * 100 + [900] * 20:
         given, expected = grader.tidy(draw(length)), grader.tidy(draw(length))
         start = time.perf_counter()
@@ -274,7 +273,7 @@ def test_verdicts_are_remembered_and_time_outs_are_not(monkeypatch):
 SCRIPT = f"""
 import sys, grader
 assert grader.answers_match("2x", "x+x") and "torch" not in sys.modules
-grader.GRADE_TIMEOUT = 1.0
+grader.GRADE_TIMEOUT = 2.0
 print("ready", flush=True)
 grader.answers_match("{BOMB}", "5")
 """
@@ -286,12 +285,14 @@ def test_no_process_outlives_its_killed_parent():
     options = dict(cwd=os.path.dirname(grader.__file__), stdout=subprocess.PIPE, text=True)
     parent = subprocess.Popen([sys.executable, "-c", SCRIPT], **options)
     assert parent.stdout.readline() == "ready\n"
-    time.sleep(0.5)
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert any(child.cpu_times().user > 0.3 for child in children), "nothing was computing"
+    work = lambda: sum(child.cpu_times().user for child in children)
+    children, deadline = psutil.Process(parent.pid).children(), time.monotonic() + 2
+    before = work()
+    while work() < before + 0.1:
+        assert time.monotonic() < deadline, "nothing was computing"
     parent.kill()
     parent.wait()
-    _, alive = psutil.wait_procs(children, timeout=1.0 + 3)
+    _, alive = psutil.wait_procs(children, timeout=2.0 + 3)
     alive = [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
     for child in alive:
         child.kill()

@@ -244,7 +244,7 @@ def by_numpy(config, logps, advantages, entropy=None, masked_entropy=None, sampl
     masked_entropy = -sampled if masked_entropy is None else masked_entropy
     rows = []
     for i, n in enumerate(LENGTHS):
-        cut = lambda x: np.asarray(x[i, :n])  # noqa: B023
+        cut = lambda x: np.asarray(x[i, :n])
         own, masked, A = cut(logps), cut(inputs["masked_logps"]), float(advantages[i])
         r = np.exp(own - cut(inputs["old_logps"]))
         paid = np.minimum(r * A, np.clip(r, low, high) * A)
@@ -328,24 +328,15 @@ def test_gamma_zero_is_grpo_to_the_bit(aggregation):
     nan."""
     config = PAPOConfig(gamma=0.0, beta=0.04, aggregation=aggregation)
     inputs = {name: x.float() for name, x in random_inputs(exact=False).items()}
-    mean = lambda per_token: aggregate(per_token, MASK, aggregation)
-
-    def grpo(logps):
-        old, A = inputs["old_logps"], inputs["advantages"]
-        policy = mean(clipped_policy_loss(logps, old, A, 0.2, 0.3, 3.0))
-        return policy + 0.04 * mean(kl_k3(logps, inputs["ref_logps"]))
-
-    def bits(loss_of):
-        logps = inputs["logps"].clone().requires_grad_()
-        loss = loss_of(logps)
-        return loss.detach(), torch.autograd.grad(loss, logps)[0]
-
-    for masked in (None, inputs["masked_logps"], torch.full((B, T), nan)):
-        given = lambda logps: {**inputs, "logps": logps, "masked_logps": masked}  # noqa: B023
-        result = bits(lambda logps: papo_loss(config, **given(logps))[0])  # noqa: B023
-        assert all(torch.equal(a, b) for a, b in zip(result, bits(grpo)))
-        metrics = papo_loss(config, **given(inputs["logps"]))[1]
-        assert ("kl_prcp" in metrics) == (masked is not None) and metrics.get("kl_prcp") != 0
+    logps, masked = inputs["logps"].requires_grad_(), inputs.pop("masked_logps")
+    policy = clipped_policy_loss(logps, inputs["old_logps"], inputs["advantages"], 0.2, 0.3, 3.0)
+    grpo = aggregate(policy, MASK, aggregation)
+    grpo = grpo + 0.04 * aggregate(kl_k3(logps, inputs["ref_logps"]), MASK, aggregation)
+    for masked_logps in (None, masked, torch.full((B, T), nan)):
+        loss, metrics = papo_loss(config, **inputs, masked_logps=masked_logps)
+        slopes = [torch.autograd.grad(x, logps, retain_graph=True)[0] for x in (loss, grpo)]
+        assert torch.equal(loss, grpo) and torch.equal(*slopes)
+        assert ("kl_prcp" in metrics) == (masked_logps is not None) and metrics.get("kl_prcp") != 0
 
 
 @SWITCHES
@@ -368,22 +359,19 @@ def test_padding_is_inert_in_every_term(masked_grad, aggregation, exact, padding
         assert torch.equal(grads[name], grads0[name]) and not grads[name][MASK == 0].any(), name
 
 
-def test_missing_inputs_are_refused_only_when_needed():
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "name, needs", [("masked_logps", "gamma"), ("masked_logps", "eta2"), ("ref_logps", "beta")]
+)
+def test_missing_inputs_are_refused_only_when_needed(name, needs, gated):
     """A term with a weight needs its input; one without does not, and what was not measured is no
     metric."""
-    inputs = random_inputs()
-    for name in ("masked_logps", "masked_entropy", "ref_logps"):
-        del inputs[name]
-    needs = [
-        ("masked_logps", dict(gamma=0.1)),
-        ("masked_logps", dict(gamma=0.1, gated=True)),
-        ("masked_logps", dict(gamma=0, eta2=0.1)),
-        ("ref_logps", dict(gamma=0, beta=0.1)),
-    ]
-    for name, weights in needs:
-        with pytest.raises(ValueError, match=f"needs {name}"):
-            papo_loss(PAPOConfig(**{"beta": 0, **weights}), **inputs)
-    metrics = papo_loss(PAPOConfig(gamma=0, beta=0), **inputs)[1]
+    inputs, config = random_inputs(), PAPOConfig(gamma=0, beta=0, gated=gated)
+    for missing in ("masked_logps", "masked_entropy", "ref_logps"):
+        del inputs[missing]
+    with pytest.raises(ValueError, match=f"needs {name}"):
+        papo_loss(replace(config, **{needs: 0.1}), **inputs)
+    metrics = papo_loss(config, **inputs)[1]
     measured = {"loss", "policy_loss", "entropy", "clip_high_fraction", "clip_low_fraction"}
     assert metrics.keys() == measured and all(type(value) is float for value in metrics.values())
 
@@ -392,14 +380,12 @@ def test_missing_inputs_are_refused_only_when_needed():
 def test_shape_errors_name_tensor_and_dimension(name):
     """No silent broadcasting: (B, 1) against (B, T) would be a wrong loss without an error."""
     inputs, x = random_inputs(), random_inputs()[name]
-    wrong = [(x[:-1], f"{name} has B = {B - 1}, but logps has B = {B}")]
-    if name == "advantages":
-        wrong += [(x[:, None], r"advantages must have shape \(B\), got \(4, 1\)")]
-    else:
-        wrong += [(x[:, :1], f"{name} has T = 1, but logps has T = {T}")]
-    for tensor, words in wrong:
+    cases = [(x[:-1], f"{name} has B = {B - 1}, but logps has B = {B}")]
+    cases += [(x[..., :1], f"{name} has T = 1, but logps has T = {T}")] * (x.dim() == 2)
+    cases += [(x[..., None], rf"{name} must have shape \(B.*\), got \(4, .*1\)")]
+    for wrong, words in cases:
         with pytest.raises(ValueError, match=words):
-            papo_loss(PAPOConfig(), **{**inputs, name: tensor})
+            papo_loss(PAPOConfig(), **{**inputs, name: wrong})
 
 
 TERMS = {
@@ -514,12 +500,14 @@ def test_presets_are_table_6(name):
 
 
 def test_preset_changes_and_unknown_names():
-    changed = PAPOConfig.preset("papo-d-3b", gamma=0.5, group_size=8, top_p=0.5)
-    assert (changed.gamma, changed.group_size, changed.top_p, changed.beta) == (0.5, 8, 0.5, 0.0)
-    with pytest.raises(ValueError, match="unknown preset 'ppo', choose from .*papo-g-3b"):
-        PAPOConfig.preset("ppo")
-    with pytest.raises(ValueError, match="gamma"):
-        PAPOConfig.preset("grpo", gamma=-1)
+    changed = PAPOConfig.preset("papo-d-3b", gamma=0.5, top_p=0.5)
+    assert (changed.gamma, changed.top_p, changed.beta) == (0.5, 0.5, 0.0)
+    for name, gamma, words in (
+        ("ppo", 0, "unknown preset 'ppo', choose from"),
+        ("grpo", -1, "gamma"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            PAPOConfig.preset(name, gamma=gamma)
 
 
 # --- the header ---------------------------------------------------------------------------------

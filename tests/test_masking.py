@@ -25,9 +25,7 @@ def cells(before, after, size):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-@pytest.mark.parametrize(
-    "size, patch", [((70, 42), 14), ((75, 50), 14), ((5, 9), 14), ((31, 1), 7)]
-)
+@pytest.mark.parametrize("size, patch", [((75, 50), 14), ((5, 9), 14), ((31, 1), 7)])
 def test_cells_are_black_or_untouched(mode, size, patch):
     """App. G.1, for all kinds of images; one cut by the edge is a cell. Same size, RGB, a new
     image."""
@@ -138,27 +136,18 @@ def test_a_masked_prompt_is_the_prompt_of_the_masked_image(vlm):
     assert same == prompt.keys() - {"pixel_values"}
 
 
-@pytest.mark.parametrize(
-    "question, before, after",
-    [
-        ("Look <image> now.", "Look ", " now."),
-        ("<image>What?", "", "What?"),
-        ("What?", "", "What?"),
-        ("What?<image>", "What?", ""),
-    ],
-)
-def test_placement_of_the_image(vlm, question, before, after):
+@pytest.mark.parametrize("question", ["Look <image> now.", "<image>What?", "What?", "What?<image>"])
+def test_placement_of_the_image(vlm, question):
     """<image> says where it stands; without, it comes first. The prompt ends where the answer
     begins."""
     _, processor = vlm
     prompt = encode_prompt(processor, question, picture(0))
     n = int(prompt["image_grid_thw"].prod()) // 4
-    image = f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>"
+    question = question if "<image>" in question else "<image>" + question
+    user = question.replace("<image>", f"<|vision_start|>{'<|image_pad|>' * n}<|vision_end|>")
+    text = f"<|im_start|>user\n{user}{papo.PROMPT_SUFFIX}<|im_end|>\n<|im_start|>assistant\n"
+    assert processor.tokenizer.decode(prompt["input_ids"][0]) == text
     assert prompt["input_ids"].shape[0] == 1 and n >= 6
-    assert processor.tokenizer.decode(prompt["input_ids"][0]) == (
-        f"<|im_start|>user\n{before}{image}{after}{papo.PROMPT_SUFFIX}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
 
 
 def test_what_cannot_be_encoded(one_vlm):

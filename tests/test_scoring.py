@@ -1,13 +1,10 @@
 """group_logps: a group scored as one row equals each response scored alone by the model's
 forward."""
 
-import statistics
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, make_processor, picture, random_responses, stock_score, two_prompts
+from conftest import random_responses, stock_score, two_prompts
 from torch.nn.utils.rnn import pad_sequence
 
 import papo
@@ -35,7 +32,7 @@ def close_gradients(given, expected):
 def test_group_row_equals_one_stock_forward_per_response(vlm, lengths, temperature, checkpointing):
     """Log-probs, entropies and the gradients of all parameters, also with the layers recomputed in
     backward. EOS, here also the padding token, counts as a response token, or stopping would never
-    be learned; padding does not."""
+    be learned; padding does not. The prompt runs once, and so does its image."""
     model, processor = vlm
     processor.tokenizer.pad_token = processor.tokenizer.eos_token
     prompt, responses = two_prompts(processor)[1], random_responses(processor, lengths)
@@ -44,17 +41,18 @@ def test_group_row_equals_one_stock_forward_per_response(vlm, lengths, temperatu
     weights = torch.rand(2, len(lengths), max(lengths), generator=torch.Generator().manual_seed(1))
     expected = gradients(model, (weights * torch.stack(naive)).sum())
 
-    calls = []
     if checkpointing:
         model.train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    tokens, images = [], []  # that the layers and the vision tower run over
     inner = model.model.language_model.layers[0].mlp  # runs again if its layer is recomputed
-    hook = inner.register_forward_pre_hook(lambda *_: calls.append(1))
+    hook = inner.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[:2]))
+    other = model.model.visual.register_forward_pre_hook(lambda *_: images.append(1))
     logps, mask, entropy = group_logps(model, prompt, responses, temperature, with_entropy=True)
     result = gradients(model, (weights[0] * logps + weights[1] * mask * entropy).sum())
-    hook.remove()
-    assert len(calls) == (2 if checkpointing else 1)  # one pass for the whole group
-
+    hook.remove(), other.remove()
+    row = (1, prompt["input_ids"].shape[1] + sum(lengths))  # one row, without padding, for all
+    assert tokens == [row] * (2 if checkpointing else 1) and images == [1]
     assert mask.tolist() == [[float(t < n) for t in range(max(lengths))] for n in lengths]
     close(logps, naive[0])  # 0 on padding
     close(mask * entropy, naive[1])
@@ -223,37 +221,3 @@ def test_bf16_scores_are_fp32():
     assert logps.dtype == entropy.dtype == torch.float32
     naive = F.log_softmax(head(hidden.bfloat16()).float(), -1)
     close(logps, naive[torch.arange(23), targets], 1e-6)
-
-
-@torch.no_grad()
-def test_a_group_row_costs_a_third_of_one_padded_row_per_response():
-    """G = 8, prompt P = 275 of which 240 are image, response T = 100, no gradient. One row of P + G
-    T = 1,075 tokens and one image against G rows of P + T = 375 and G images. Vision tower, layers
-    and head have the proportions of Qwen2.5-VL-3B."""
-    processor = make_processor("qwen2_5_vl")
-    processor.image_processor.size = {"shortest_edge": 784, "longest_edge": 256 * 784}
-    vision = dict(hidden_size=128, intermediate_size=512)
-    sizes = dict(hidden_size=256, intermediate_size=1024, vocab_size=800)
-    model = make_model("qwen2_5_vl", processor, vision, **sizes)
-    prompt = papo.encode_prompt(processor, "<image>" + "Q" * 100, picture(0, 15 * 28, 16 * 28))
-    ids = prompt["input_ids"]
-    prompt["input_ids"] = torch.cat([ids[:, :260], ids[:, -15:]], dim=1)  # (1, P), less of the text
-    responses = random_responses(processor, [100] * 8)
-    ids = prompt["input_ids"].expand(8, -1)  # (G, P)
-    rows = torch.cat([ids, torch.stack(responses)], dim=1)  # (G, P + T)
-    is_image = rows == model.config.image_token_id  # (G, P + T)
-    assert rows.shape == (8, 375) and is_image[0].sum() == 240
-    images = {name: prompt[name].repeat(8, 1) for name in ("pixel_values", "image_grid_thw")}
-    batch = dict(input_ids=rows, attention_mask=torch.ones_like(rows), **images)
-    batch["mm_token_type_ids"] = is_image.int()
-
-    def seconds(function):
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-
-    padded = lambda: model(**batch).logits.log_softmax(-1)
-    row = lambda: group_logps(model, prompt, responses)
-    row()
-    ratios = [seconds(padded) / seconds(row) for _ in range(3)]
-    assert statistics.median(ratios) >= 3, ratios
