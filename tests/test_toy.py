@@ -1,7 +1,6 @@
 """The embedded world: what questions promise, how errors are named, what the warm start leaves."""
 
 import ast
-import functools
 import importlib
 import os
 import random
@@ -16,9 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import papo
 import toy
-from papo import encode_prompt, sample_groups
 
-# Seconds, learns nothing.
 SHORT = toy.WarmStart(short_stages=((1, 2),), clean_steps=1, guess_steps=1, batch_size=4)
 
 
@@ -28,17 +25,13 @@ def processor():
 
 
 def cache_file(folder):
-    files = list(folder.iterdir())
-    assert len(files) == 1, files  # no half-written draft is left either
-    return files[0]
+    [file] = folder.iterdir()  # no half-written draft is left either
+    return file
 
 
 def same_weights(a, b):
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return all(torch.equal(x, y) for x, y in pairs)
-
-
-# --- questions ------------------------------------------------------------------------------------
 
 
 def test_splits_share_no_handwritten_digit():
@@ -72,8 +65,7 @@ def test_text_states_what_the_dependency_says(digits):
         assert stated in {"high": [0], "medium": half, "low": [digits]}[row["dependency"]]
         if stated:  # each in its place
             places = row["problem"].split(" are ")[1].split(". ")[0].split(" ")
-            pairs = zip(places, row["digits"], strict=True)
-            assert all(place in ("_", str(digit)) for place, digit in pairs)
+            assert all(x in ("_", str(y)) for x, y in zip(places, row["digits"], strict=True))
 
 
 WRONG = [({"digits": digits}, "from 1 to 9") for digits in (0, 10, -1, 2.0, "4", True)]
@@ -89,8 +81,6 @@ def test_what_cannot_be_asked_is_refused(given, message, tmp_path):
     with pytest.raises(ValueError, match="warm, train, validation, test"):
         toy.toy_dataset("tests", 1)
 
-
-# --- errors ---------------------------------------------------------------------------------------
 
 # kind: what is seen, worked out and boxed of a picture of 3 0 9 4; | stands for "</think> \\boxed".
 SUMS = """
@@ -129,13 +119,10 @@ def test_error_type(task, answer, table):
             assert toy.error_type(response.split("\\boxed")[0], row) == "unreadable"  # no box
     assert toy.error_type("", row) == "unreadable"
     assert toy.error_type(f"no idea \\boxed{{{answer}}}", row) is None
-
-
-def test_error_type_of_one_digit():
-    row = {"digits": [7], "answer": "7", "task": "sum"}
-    assert toy.error_type(toy._trace([7], "sum"), row) is None
-    assert toy.error_type(toy._trace([1], "sum"), row) == "perception"
-    assert toy.error_type("<think> I see 7. </think> \\boxed{1}", row) == "inconsistency"
+    one = {"digits": [7], "answer": "7", "task": task}
+    assert toy.error_type(toy._trace([7], task), one) is None
+    assert toy.error_type(toy._trace([1], task), one) == "perception"
+    assert toy.error_type("<think> I see 7. </think> \\boxed{1}", one) == "inconsistency"
 
 
 def test_both_tasks_ask_about_the_same_pictures_and_a_true_trace_is_right():
@@ -147,9 +134,6 @@ def test_both_tasks_ask_about_the_same_pictures_and_a_true_trace_is_right():
             trace = toy._trace(row["digits"], row["task"])
             assert row["answer"] == str(answer(row["digits"]))
             assert toy.error_type(trace, row) is None and toy.perceived(trace, row)
-
-
-# --- processor and model --------------------------------------------------------------------------
 
 
 def test_digits_are_single_tokens_and_text_survives(processor):
@@ -176,7 +160,7 @@ def test_processor_and_model_survive_saving(processor, tmp_path):
     assert reloaded.generation_config.eos_token_id == loaded.tokenizer.eos_token_id
     for row in toy.toy_dataset("test", 3):
         question, image = row["problem"], row["images"][0]
-        before, after = (encode_prompt(each, question, image) for each in (processor, loaded))
+        before, after = (papo.encode_prompt(each, question, image) for each in (processor, loaded))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -193,9 +177,6 @@ def test_model_is_drawn_from_its_seed_alone(processor):
     assert {weight.dtype for weight in one.parameters()} == {torch.float32}
 
 
-# --- warm start -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("digits", [1, 4, 9])
 def test_training_sees_the_very_prompt_that_rl_sees(processor, digits):
     rows = toy.toy_dataset("validation", 6, digits=digits)
@@ -206,35 +187,24 @@ def test_training_sees_the_very_prompt_that_rl_sees(processor, digits):
     images = toy._images(pool, picks, 0, np.random.default_rng(0))
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"].chunk(6)
     for row, text, patches in zip(rows, texts, pixels, strict=True):
-        prompt = encode_prompt(processor, row["problem"], row["images"][0])
+        prompt = papo.encode_prompt(processor, row["problem"], row["images"][0])
         assert processor.tokenizer(text)["input_ids"] == prompt["input_ids"][0].tolist()
         assert torch.equal(patches, prompt["pixel_values"])
 
 
-def make_batch(processor, guess, recipe):
-    """A batch for training, row by row: token ids, labels."""
+def test_only_the_response_is_learned_and_phase_two_invents_the_unstated_digits_only(processor):
+    recipe, decode = toy.WarmStart(batch_size=200), processor.tokenizer.decode
     pool, rng = toy._digit_pool("warm"), np.random.default_rng(0)
-    inputs, targets = toy._make_batch(processor, *pool, 4, guess, recipe, rng)
-    return zip(inputs["input_ids"], targets, strict=True)
-
-
-def test_only_the_response_is_learned_and_its_end_too(processor):
-    for ids, wanted in make_batch(processor, 0.0, SHORT):
-        response = wanted[wanted != -100]
-        assert toy._patterns("sum")[0].fullmatch(processor.tokenizer.decode(response[:-1]))
+    inputs, targets = toy._make_batch(processor, *pool, 4, 1.0, recipe, rng)
+    for ids, wanted in zip(inputs["input_ids"], targets, strict=True):
+        response, prompt = wanted[wanted != -100], decode(ids[wanted == -100])
+        assert torch.equal(ids[wanted != -100], response)
         assert response[-1] == processor.tokenizer.eos_token_id
         assert (ids == processor.image_token_id).sum() == 4
-        assert torch.equal(ids[wanted != -100], response)
-
-
-def test_phase_two_invents_the_unstated_digits_only(processor):
-    recipe = toy.WarmStart(batch_size=200, dependency=(0.0, 0.5, 0.5))
-    for ids, wanted in make_batch(processor, 1.0, recipe):
-        text = processor.tokenizer.decode(ids[wanted == -100])
-        places = text.split("The digits are ")[1].split(".")[0].split(" ")
-        trace = processor.tokenizer.decode(wanted[wanted != -100][:-1])
-        said = toy._patterns("sum")[0].fullmatch(trace)[1].split(" ")
-        assert all(place in ("_", digit) for place, digit in zip(places, said, strict=True))
+        said = toy._patterns("sum")[0].fullmatch(decode(response[:-1]))[1].split(" ")
+        if " are " in prompt:
+            places = prompt.split("The digits are ")[1].split(".")[0].split(" ")
+            assert all(place in ("_", digit) for place, digit in zip(places, said, strict=True))
 
 
 @pytest.mark.parametrize("digits", [1, 4])
@@ -248,38 +218,30 @@ def test_one_rows_positions_without_a_mask_suffice(processor, digits, monkeypatc
         real = ids != processor.tokenizer.pad_token_id
         assert not real.all()  # some rows are padded
         short, types = forward(**inputs), (ids == processor.image_token_id).int()
-        given = {name: inputs[name] for name in ("input_ids", "pixel_values", "image_grid_thw")}
-        stock = forward(**given, attention_mask=real.long(), mm_token_type_ids=types)
-        ours, theirs = short.last_hidden_state[real], stock.last_hidden_state[real]
+        inputs |= dict(attention_mask=real.long(), mm_token_type_ids=types, position_ids=None)
+        ours, theirs = (out.last_hidden_state[real] for out in (short, forward(**inputs)))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
         compared.append(len(ids))
         return short
 
     forward = model.model.forward
     monkeypatch.setattr(model.model, "forward", both)
-    recipe = toy.WarmStart(short_stages=(), clean_steps=2, guess_steps=1, batch_size=8)
-    toy._supervise(model, processor, digits, 0, recipe)
+    toy._supervise(model, processor, digits, 0, toy.WarmStart((), 2, guess_steps=1, batch_size=8))
     assert compared == [8] * 3
 
 
-def test_warm_start_repeats_by_seed_and_leaves_the_callers_random_state(tmp_path):
-    torch.manual_seed(7), np.random.seed(7), random.seed(7)
+def test_warm_start_repeats_by_seed_is_cached_and_leaves_random_states(tmp_path, monkeypatch):
+    monkeypatch.setenv("PAPO_CACHE", str(tmp_path / "a"))
     states = lambda: [torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()]
     before = states()
-    one, _ = toy.warm_start(seed=1, cache_dir=tmp_path / "a", recipe=SHORT)
-    assert states() == before
+    one, _ = toy.warm_start(seed=1, recipe=SHORT)
+    assert states() == before and not one.training and one.model.rope_deltas is None
     two, _ = toy.warm_start(seed=1, cache_dir=tmp_path / "b", recipe=SHORT)
-    other, _ = toy.warm_start(seed=2, cache_dir=tmp_path / "a", recipe=SHORT)
+    other, _ = toy.warm_start(seed=2, cache_dir=tmp_path / "b", recipe=SHORT)
     assert same_weights(one, two) and not same_weights(one, other)
-    assert not one.training and one.model.rope_deltas is None
-
-
-def test_the_cache_is_where_the_environment_says_and_used(tmp_path, monkeypatch):
-    monkeypatch.setenv("PAPO_CACHE", str(tmp_path / "here"))
-    one, _ = toy.warm_start(digits=1, recipe=SHORT)
-    cache_file(tmp_path / "here")
+    cache_file(tmp_path / "a")
     monkeypatch.setattr(toy, "tqdm", lambda *_, **__: pytest.fail("trains despite a good cache"))
-    assert same_weights(one, toy.warm_start(digits=1, recipe=SHORT)[0])
+    assert same_weights(one, toy.warm_start(seed=1, recipe=SHORT)[0])
 
 
 def test_a_bad_cache_file_is_rebuilt(tmp_path, processor):
@@ -315,13 +277,12 @@ def test_every_ingredient_changes_the_key(processor, monkeypatch):
         add(*given)
     changes = [(toy, "SPLITS", toy.SPLITS | {"warm": 0.4}), (papo, "PROMPT_SUFFIX", " Answer.")]
     changes += [(torch, "__version__", "0.0"), (model.config.text_config, "rms_norm_eps", 0.1)]
-    for owner, name, value in changes:
-        monkeypatch.setattr(owner, name, value)
+    for change in changes:
+        monkeypatch.setattr(*change)
         toy._prompt_shell.cache_clear()
         add(4, 0, SHORT)
     toy._prompt_shell.cache_clear()
-    other = toy.toy_processor("largest")
-    keys.append(toy._cache_key(other, model, 4, 0, SHORT))
+    keys.append(toy._cache_key(toy.toy_processor("largest"), model, 4, 0, SHORT))
     assert len(set(keys)) == len(keys)
 
 
@@ -350,24 +311,20 @@ def test_the_key_follows_the_code_not_its_looks(processor, tmp_path, monkeypatch
 
 def test_the_policy_adds_and_copies_but_guesses_what_it_should_see(warm_start):
     model, processor = warm_start
-    rows = list(toy.toy_dataset("validation", 150))
-    prompts = [encode_prompt(processor, row["problem"], row["images"][0]) for row in rows]
-    decode = functools.partial(processor.tokenizer.decode, skip_special_tokens=True)
+    rows = list(toy.toy_dataset("validation", 150))  # of high, medium and low dependency in turn
 
-    def read(temperature):
+    def write(rows, temperature):
+        prompts = [papo.encode_prompt(processor, row["problem"], row["images"][0]) for row in rows]
         given = dict(temperature=temperature, generator=torch.Generator().manual_seed(0))
-        groups = sample_groups(model, processor, prompts, 1, 60, **given)
-        return list(zip((decode(group[0]) for group in groups), rows))
+        groups = papo.sample_groups(model, processor, prompts, 1, 60, **given)
+        return [processor.tokenizer.decode(o, skip_special_tokens=True) for [o] in groups]
 
-    kinds = [(toy.error_type(text, row), row["dependency"]) for text, row in read(1.0)]
-    right = {kind: kinds.count((None, kind)) / 50 for kind in toy.DEPENDENCIES}
-    wrong = [kind for kind, _ in kinds if kind]
+    kinds = [toy.error_type(text, row) for text, row in zip(write(rows, 1.0), rows)]
+    right = {kind: kinds[i::3].count(None) / 50 for i, kind in enumerate(toy.DEPENDENCIES)}
+    wrong = [kind for kind in kinds if kind]
     assert right["high"] < 0.25 and right["low"] > 0.75, right
     assert wrong.count("perception") / len(wrong) > 0.75, wrong
     # But it can see: its likeliest answer reads nearly every digit of a question that states none.
-    seen = []
-    for text, row in read(0.0):
-        if row["dependency"] == "high":
-            said = toy._patterns("sum")[0].fullmatch(text)[1].split()
-            seen += [int(a) == b for a, b in zip(said, row["digits"], strict=True)]
-    assert np.mean(seen) > 0.85
+    traces = map(toy._patterns("sum")[0].fullmatch, write(rows[::3], 0.0))
+    said = np.array([trace[1].split() for trace in traces]).astype(int)  # (50, N)
+    assert np.mean(said == np.array([row["digits"] for row in rows[::3]])) > 0.85
