@@ -85,7 +85,7 @@ from PIL import Image
 from qwen_vl_utils.vision_process import smart_resize, to_rgb
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.image_utils import load_image
 
 from grader import answers_match
@@ -391,18 +391,19 @@ def end_tokens(model, processor) -> list[int]:
     return [processor.tokenizer.eos_token_id] + [token for token in listed if token in special]
 
 
-def prefill(model, processor, prompts):
-    """Run n prompts once. Returns the model's output, with its KV cache, positions (3, n, P) and
+def prefill(model, prompts):
+    """Run n prompts once. Returns the KV cache, the last logits (n, V), positions (3, n, P), and
     `seen` (n, P): 0 on the padding, on the left, so that all prompts end where responses begin."""
-    device = model.device
-    pad_left = lambda rows, fill: pad_sequence(rows, True, fill, padding_side="left").to(device)
+    pad = dict(batch_first=True, padding_side="left")
     ids = [prompt["input_ids"][0] for prompt in prompts]  # n x (P,)
-    input_ids = pad_left(ids, processor.tokenizer.pad_token_id or 0)  # (n, P) no token sees padding
-    seen = pad_left([torch.ones_like(row) for row in ids], 0)  # (n, P)
-    images = image_inputs(prompts, device)
+    seen = pad_sequence([torch.ones_like(row) for row in ids], **pad).to(model.device)  # (n, P)
+    input_ids = pad_sequence(ids, **pad).to(model.device)  # (n, P) whatever the padding, no one sees
+    images = image_inputs(prompts, model.device)
     positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
-    inputs = dict(input_ids=input_ids, attention_mask=seen, position_ids=positions, **images)
-    return model(**inputs, use_cache=True, logits_to_keep=1), positions, seen
+    # The cache goes by place, since transformers renames it: past_key_values, cache from 5.24 on.
+    inputs = input_ids, seen, positions, (cache := DynamicCache(config=model.config))
+    logits = model(*inputs, use_cache=True, logits_to_keep=1, **images).logits[:, -1]  # (n, V)
+    return cache, logits, positions, seen
 
 
 @torch.no_grad()
@@ -422,12 +423,11 @@ def sample_groups(
         raise ValueError("no prompts to sample from")
     device, training = model.device, model.training
     model.eval()  # under train() a gradient-checkpointed layer would drop its KV cache
-    out, positions, seen = prefill(model, processor, prompts)
+    cache, logits, positions, seen = prefill(model, prompts)
 
     # From here on B = n * G rows, fewer as responses end.
-    cache = out.past_key_values
     cache.layers = [RoomyLayer(layer, group_size) for layer in cache.layers]
-    logits = out.logits[:, -1].repeat_interleave(group_size, 0)  # (B, V)
+    logits = logits.repeat_interleave(group_size, 0)  # (B, V)
     position = positions.amax(dim=(0, 2)).repeat_interleave(group_size)  # (B,) of the prompt's last
     seen = F.pad(seen, (0, max_new_tokens), value=1)  # (n, L), L = P + max_new_tokens
     seen = seen.repeat_interleave(group_size, 0)  # (B, L)
@@ -453,8 +453,7 @@ def sample_groups(
         position = position + 1  # (B,)
         place = position[None, :, None].expand(3, -1, -1)  # (3, B, 1) text: all three alike
         seen = bias[..., : positions.shape[2] + t + 1]  # (B, 1, 1, P + t + 1)
-        inputs = dict(input_ids=token[:, None], attention_mask=seen, position_ids=place)
-        logits = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]  # (B, V)
+        logits = model(token[:, None], seen, place, cache, use_cache=True).logits[:, -1]  # (B, V)
     model.train(training)
     responses = [row[row >= 0] for row in tokens.cpu()]  # n * G x (|o|,)
     return [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
@@ -634,9 +633,8 @@ def roll_out(model, processor, config, rows, generator, reward=compute_reward):
 
 def split_batch(config, groups) -> list[list[Group]]:
     """A rollout batch as updates_per_batch updates of nearly equal size, or one for each group."""
-    count = min(config.updates_per_batch, len(groups))
-    ends = [len(groups) * i // count for i in range(count + 1)]
-    return [groups[start:end] for start, end in zip(ends, ends[1:])]
+    n, count = len(groups), min(config.updates_per_batch, len(groups))
+    return [groups[n * i // count : n * (i + 1) // count] for i in range(count)]
 
 
 def split_group(config, prompt, responses) -> list[slice]:
@@ -852,10 +850,10 @@ def check_shapes(**named):
         if tensor.dim() != len(letters):
             shape = ", ".join(letters)
             raise ValueError(f"{name} must have shape ({shape}), got {tuple(tensor.shape)}")
-        for letter, size in zip(letters, tensor.shape):
-            first, owner = sizes.setdefault(letter, (size, name))
+        for d, size in zip(letters, tensor.shape):
+            first, owner = sizes.setdefault(d, (size, name))
             if size != first:
-                raise ValueError(f"{name} has {letter} = {size}, but {owner} has {first}")
+                raise ValueError(f"{name} has {d} = {size}, but {owner} has {d} = {first}")
 
 
 # ---- Appendix B. Qwen-VL's prompt and positions: question + images -> tensors --------------------

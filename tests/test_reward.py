@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-import grader
 from papo import compute_reward, extract_boxed, follows_format
 
 RELEASED_FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
@@ -63,13 +62,11 @@ def test_boxed(text, inside):
 
 
 def test_boxed_equals_brute_force():
-    """The grader's own, too, for an answer of the data set that is boxed."""
     rng = random.Random(0)
     for _ in range(20_000):
         pieces = [r"\boxed{", "{", "}", "}", "x", r"\{", r"\}"]
         text = "".join(rng.choices(pieces, k=rng.randint(0, 14)))
         assert extract_boxed(text) == slow_boxed(text), text
-        assert (grader.unboxed(text) or text) == (slow_boxed(text) or text), text
 
 
 def test_format_equals_the_released_rule():

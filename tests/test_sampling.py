@@ -173,8 +173,8 @@ def test_sampling_stops_when_all_have_ended(one_vlm, monkeypatch):
     sizes = []
     fake = lambda logits, *_: torch.where(torch.arange(len(logits)) == 0, EOS, 9)  # the first ends
     monkeypatch.setattr(papo, "sample_token", fake)
-    count = lambda module, args, given: sizes.append(len(given["input_ids"]))
-    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    count = lambda module, args: sizes.append(len(args[0]))
+    hook = model.register_forward_pre_hook(count)
     groups = sample(model, processor, 2, 50)
     hook.remove()
     assert [len(o) for o in flat(groups)] == [1, 2, 3, 4] and sizes == [2, 3, 2, 1]

@@ -370,8 +370,8 @@ def test_masking_does_not_move_the_sampling(one_vlm):
     responses = lambda groups: [o.tolist() for group in groups for o in group.responses]
     assert responses(plain) == responses(masked) == responses(eta)
     assert responses(plain[:3]) != responses(plain[3:])
-    assert all(group.masked_prompt is None and group.masked_image is None for group in plain)
-    pixels = lambda groups: [group.masked_image.tobytes() for group in groups]
+    assert all(group.masked_prompt is None and group.masked_images is None for group in plain)
+    pixels = lambda groups: [group.masked_images[0].tobytes() for group in groups]
     assert pixels(masked) == pixels(again) == pixels(eta) and len(set(pixels(masked))) == 6
 
 
