@@ -2,21 +2,20 @@
 
 Without --model and --dataset it trains the embedded world of toy.py: a tiny Qwen2.5-VL that adds
 handwritten digits, on a CPU, offline, in minutes. With them, any Qwen2-VL, Qwen2.5-VL or Qwen3-VL on
-any data set of images, questions and answers. The algorithm is papo.py; this is the program around
-it: flags, model, evaluation, training loop, program. What it stands on is in program/.
+any data set of images, questions and answers. papo.py is the algorithm, program/ the rest.
 """
 
 import copy
 import json
 import math
-import shlex
 import signal
 import sys
 import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import mean
@@ -35,7 +34,6 @@ import toy
 from papo import PAPOConfig, compute_reward, option
 from program import SAMPLES, UserError, memory, report, runs
 from program.data import DataConfig, RowStream, ask_hub, cannot_load, load_rows, say_skipped
-from program.memory import explain_out_of_memory, peak_rss
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
@@ -55,12 +53,11 @@ GPU_SIZES = {
 
 
 @dataclass
-class RunFlags:
-    _argument_group_name = "run"
+class RunConfig(DataConfig):
+    """What to train, on what, and where to write it. Raises ValueError for what cannot work."""
 
-    algorithm: Literal["grpo", "dapo", "papo-g", "papo-d"] = option(
-        "papo-g", "loss weights, clipping, averaging and redrawing of GRPO, DAPO, or PAPO on either"
-    )
+    _argument_group_name = "run"
+    algorithm: Literal["grpo", "dapo", "papo-g", "papo-d"] = option("papo-g", "what is optimised")
     preset: str = option(None, "every value of a published recipe, such as papo-g-7b or papo-d-3b")
     model: str = option(None, "hub name or folder of a Qwen2-VL, Qwen2.5-VL or Qwen3-VL")
     gpu_memory: Literal[24, 48, 80] = option(None, "settings for a GPU of so many GiB")
@@ -71,58 +68,32 @@ class RunFlags:
     eval_only: bool = option(False, "do not train: answer all questions, with the image and masked")
     eval_every: int = option(10, "steps between evaluations, 8 answers to each held-out question")
     save_every: int = option(10, "steps between checkpoints; the last step always writes one")
-    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = option(
-        "none", "also send every line of metrics.jsonl to this tracker, which pip installs"
-    )
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = option("none", "also log to it")
     task: Literal["sum", "largest"] = option("sum", "embedded world: what is asked")
     digits: int = option(4, "embedded world: handwritten digits per image, 1 to 9")
-    precision: Literal["fp32", "bf16", "bf16-kahan"] = option(
-        "fp32", "of the weights; bf16 needs --lora, bf16-kahan makes up for lost small updates"
-    )
-    lora: int = option(
-        None,
-        "train an adapter of this rank, typical 16 to 64, by default at ten times the learning rate "
-        "(Schulman et al. 2025, LoRA Without Regret, thinkingmachines.ai/blog/lora)",
-    )
+    precision: Literal["fp32", "bf16", "bf16-kahan"] = option("fp32", "of the weights")
+    lora: int = option(None, "train an adapter of this rank, at ten times the learning rate")
     merge: bool = option(False, "with --lora: checkpoints are whole models, in fp32")
     freeze_vision: bool = option(False, "keep the vision tower; it then sees each image once")
     gradient_checkpointing: bool = option(True, "recompute activations: less memory, more time")
 
-
-@dataclass
-class RunConfig(RunFlags, DataConfig):
-    """What to train, on what, and where to write it. Raises ValueError for what cannot work."""
-
     def __post_init__(self):
         super().__post_init__()
-        for name in ("eval_every", "save_every", "steps", "lora"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        other_world = self.task != "sum" or self.digits != 4
-        lossy = self.precision == "bf16" and not self.lora and not self.eval_only
+        toy_flags = self.task != "sum" or self.digits != 4
+        plain_bf16 = self.precision == "bf16" and not self.lora and not self.eval_only
         for wrong, reason in (
             (not 0 <= self.seed < 2**32, f"seed must lie in [0, 2^32), got {self.seed}"),
-            (not 1 <= self.digits <= 9, f"digits must lie in [1, 9], got {self.digits}"),
+            (self.digits > 9, f"digits must lie in [1, 9], got {self.digits}"),
             (self.eval_only and self.resume, "--eval-only trains nothing to --resume"),
             (self.dataset and not self.model, "--dataset needs --model"),
-            (self.dataset and other_world, "--task and --digits are of the embedded world"),
+            (self.dataset and toy_flags, "--task and --digits are of the embedded world"),
             (self.merge and not self.lora, "--merge needs --lora"),
             (self.lora and not self.model and not self.merge, "--lora needs --model, or --merge"),
-            (
-                self.precision != "fp32" and not self.model,
-                "--precision and --gpu-memory need --model",
-            ),
-            (
-                lossy,
-                "AdamW loses most small updates of bf16 weights: --precision bf16-kahan or --lora",
-            ),
+            (not self.model and self.precision != "fp32", "--precision, --gpu-memory need --model"),
+            (plain_bf16, "AdamW on bf16 loses most updates: --lora, or --precision bf16-kahan"),
         ):
             if wrong:
                 raise ValueError(reason)
-
-
-class Recipe(PAPOConfig):
-    _argument_group_name = "algorithm"
 
 
 class Parser(HfArgumentParser):
@@ -130,68 +101,55 @@ class Parser(HfArgumentParser):
         raise UserError(message)  # argparse would print the whole usage first
 
 
-def algorithm_of(preset):
-    """The algorithm whose recipe a preset is: the one that its name begins with."""
-    return next(name for name in ALGORITHMS if preset.startswith(name))
-
-
 def recipe_for(given):
-    """{flag: default} by the flags that are given: --gpu-memory beats --preset or --algorithm, which beat
-    the dataclasses. A run that goes on is what it was."""
+    """{flag: value} where none is given: --gpu-memory beats --preset or --algorithm, which beat the
+    dataclasses. A run that goes on is what it was."""
     if given.resume and given.out and (recorded := runs.read_record(given.out)["settings"]):
-        return {name: value for name, value in recorded.items() if name not in ("resume", "out")}
+        own = vars(given).keys() - {"resume", "out"}
+        return {name: value for name, value in recorded.items() if name in own}
     recipe = asdict(PAPOConfig.preset(given.preset or ALGORITHMS[given.algorithm]))
     if given.preset:
-        recipe["algorithm"] = algorithm_of(given.preset)
+        recipe["algorithm"] = next(a for a in ALGORITHMS if given.preset.startswith(a))
     else:
-        sizes = {} if given.model else TOY_SIZES
-        recipe = {name: recipe[name] for name in ALGORITHM_FIELDS} | sizes
+        recipe = {name: recipe[name] for name in ALGORITHM_FIELDS}
+        recipe |= {} if given.model else TOY_SIZES
     recipe |= GPU_SIZES.get(given.gpu_memory, {})
     if given.lora or "lora" in recipe:
-        full = recipe.get("learning_rate", PAPOConfig.learning_rate)
-        recipe["learning_rate"] = round(10 * full, 12)  # 1e-05, not 9.99e-06
+        rate = 10 * recipe.get(
+            "learning_rate", PAPOConfig.learning_rate
+        )  # LoRA Without Regret, 2025
+        recipe["learning_rate"] = round(rate, 12)  # 1e-05, not 9.99e-06
     return recipe
 
 
 def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
     """The settings. Raises UserError for what cannot work."""
     about = dict(usage="python train_small.py [FLAGS]", description=__doc__.split(":")[0])
-    parser = Parser([RunFlags, DataConfig, Recipe], allow_abbrev=False, **about)
-    parser.epilog = f"Defaults of the embedded world: {TOY_SIZES}."
-    pick = lambda kind, given: kind(**{f.name: getattr(given, f.name) for f in fields(kind)})
+    about |= dict(epilog=f"Defaults of the embedded world: {TOY_SIZES}.", allow_abbrev=False)
+    parser = Parser([PAPOConfig, RunConfig], **about)
     try:
         parser.set_defaults(**recipe_for(parser.parse_args(argv)))
-        given = parser.parse_args(argv)
-        config, run = pick(PAPOConfig, given), pick(RunConfig, given)
+        config, run = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     except ValueError as error:
         raise UserError(error) from None
-    if run.preset and run.algorithm != algorithm_of(run.preset):
+    if run.preset and not run.preset.startswith(run.algorithm):
         raise UserError(f"--preset {run.preset} is not --algorithm {run.algorithm}: leave one out")
     if run.algorithm in ("grpo", "dapo") and (config.gamma or config.eta1 or config.eta2):
-        papo_name = {"grpo": "papo-g", "dapo": "papo-d"}[run.algorithm]
-        raise UserError(f"gamma, eta1 or eta2 on {run.algorithm}: it is --algorithm {papo_name}")
+        raise UserError(f"{run.algorithm} with gamma, eta1, eta2 is --algorithm papo-g or papo-d")
     name = f"{run.preset or run.algorithm}-gamma{config.gamma:g}-seed{run.seed}"
     run.out = run.out or f"runs/{'eval' if run.eval_only else name}"
     return config, run
 
 
-def settings_of(config, run):
-    """All settings as strict JSON can hold them: an infinite one as a string."""
-    both = {**asdict(config), **asdict(run)}
-    return {k: str(v) if v in (math.inf, -math.inf) else v for k, v in both.items()}
-
-
 # ---- 2. Model ------------------------------------------------------------------------------------
-
-SUPPORTED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 def check_model(run, base, adapter):
     """Raises UserError for a model that would not be trained or evaluated as it should be."""
     config, reason = AutoConfig.from_pretrained(base), None
     layers = getattr(config.get_text_config(), "layer_types", None) or ()  # Qwen3-VL has none
-    if config.model_type not in SUPPORTED:
-        reason = f"is a {config.model_type}; supported are {', '.join(SUPPORTED)}"
+    if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        reason = f"is a {config.model_type}, no Qwen2-VL, Qwen2.5-VL or Qwen3-VL"
     elif "sliding_attention" in layers:  # under which sampling and scoring differ
         reason = "uses sliding-window attention: set use_sliding_window to false in its config.json"
     elif adapter and run.lora and not run.merge:  # which could not be loaded without the first one
@@ -232,42 +190,38 @@ def load_model(run):
     if broken := [n for n, weight in model.named_parameters() if not weight.isfinite().all()]:
         raise UserError(f"{name} has NaN or infinite weights in {len(broken)} tensors: {broken[0]}")
     if run.dataset:
-        edges = {"shortest_edge": run.min_pixels, "longest_edge": run.max_pixels}
+        edges = dict(shortest_edge=run.min_pixels, longest_edge=run.max_pixels)
         processor.image_processor.size = edges
     return model, processor
 
 
 def load(run):
     """Model, in host memory, processor, rows to train on, held-out rows."""
-    if run.dataset:
-        model, processor = load_model(run)
-        return model, processor, *load_rows(run, processor, training=not run.eval_only)
     if run.model:
         model, processor = load_model(run)
-        vocabulary = lambda processor: processor.tokenizer.get_vocab()  # each task has its own
-        for task in toy.TASKS.keys() - {run.task}:
-            if vocabulary(processor) == vocabulary(toy.toy_processor(task)):
-                raise UserError(f"--model {run.model} answers --task {task}, not --task {run.task}")
     else:
         # Tensors this small gain little from a second core, and lose a lot where it is busy.
         torch.set_num_threads(1)
         model, processor = toy.warm_start(run.digits, run.seed, task=run.task)
+    if run.dataset:
+        return model, processor, *load_rows(run, processor, training=not run.eval_only)
+    for task in toy.TASKS.keys() - {run.task}:  # each has a vocabulary of its own
+        if processor.tokenizer.get_vocab() == toy.toy_processor(task).tokenizer.get_vocab():
+            raise UserError(f"--model {run.model} answers --task {task}, not --task {run.task}")
     rows = toy.toy_dataset("train", 2048, run.digits, run.seed, run.task)
     # Held out are the same questions for every seed.
     return model, processor, rows, toy.toy_dataset("test", run.eval_size, run.digits, 0, run.task)
 
 
-def best_device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+best_device = lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # ---- 3. Evaluation: avg@8 ------------------------------------------------------------------------
 
 
 def evaluate(model, processor, config, rows, seed=0, masked=False, reward=compute_reward):
-    """Answer every question SAMPLES times at temperature 1. Returns the Groups, in the order of rows,
-    without images and prompts. masked: with fresh random masks on the images, to see how far the
-    answers depend on them."""
+    """Answer every question SAMPLES times at temperature 1, masked: with fresh random masks on the
+    images. Returns the Groups, in the order of rows, without images and prompts."""
     config = replace(config, group_size=SAMPLES, temperature=1.0, top_p=1.0)
     sampling = torch.Generator(model.device).manual_seed(seed)
     masking = torch.Generator().manual_seed(seed)
@@ -286,8 +240,7 @@ def evaluate(model, processor, config, rows, seed=0, masked=False, reward=comput
 
 
 def summarise(groups):
-    """Means over responses: accuracy, pass@8, and where rows say so accuracy by vision dependency and
-    error types."""
+    """Means: accuracy, pass@8, and in the embedded world by vision dependency and error type."""
     right = [[score["accuracy"] for score in group.scores] for group in groups]
     summary = {"accuracy": mean(map(mean, right)), f"pass@{SAMPLES}": mean(map(max, right))}
     for level in ("low", "medium", "high"):
@@ -295,9 +248,7 @@ def summarise(groups):
         if some:
             summary[f"accuracy_{level}"] = mean(some)
     if "digits" in groups[0].row:
-        errors = Counter(
-            toy.error_type(text, group.row) for group in groups for text in group.texts
-        )
+        errors = Counter(toy.error_type(text, g.row) for g in groups for text in g.texts)
         for kind in toy.ERROR_TYPES:
             summary[f"error_{kind}"] = errors[kind] / (len(groups) * SAMPLES)
     return summary
@@ -313,15 +264,14 @@ def averages(dicts):
 
 
 class Trainer:
-    """Everything that changes during a run (weights, optimizer, random state, place in the data), and
-    one step of it. Your own objective and reward may take the place of papo.py's."""
+    """All that changes during a run. Your own objective and reward may take papo.py's place."""
 
     def __init__(self, model, processor, config, run, rows):
         self.model, self.processor, self.config, self.run = model, processor, config, run
         self.objective, self.reward = papo.papo_loss, compute_reward
         self.rows, self.steps_done = RowStream(rows, run.seed), 0
         self.generator = torch.Generator().manual_seed(run.seed)
-        self.seconds, self.memory, self.adapter = {}, {}, None
+        self.seconds, self.memory, self.adapter = Counter(), {}, None
         if run.freeze_vision:
             model.model.visual.requires_grad_(False)
         if run.lora:  # layers are replaced inside the model, so papo.py sees the same model as ever
@@ -329,19 +279,17 @@ class Trainer:
             with torch.random.fork_rng():
                 torch.manual_seed(run.seed)
                 self.adapter = peft.get_peft_model(model, peft.LoraConfig(**kind))
-        copied = config.beta and not run.lora
-        frozen = copy.deepcopy(model).requires_grad_(False) if copied else None
+        alone = run.lora or not config.beta
+        frozen = None if alone else copy.deepcopy(model).requires_grad_(False)
         self.reference = self.without_adapter if run.lora else lambda: nullcontext(frozen)
         if run.gradient_checkpointing:
             reentrant = {"use_reentrant": False}
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
-        settings = dict(lr=config.learning_rate, weight_decay=config.weight_decay)
-        settings |= dict(betas=(0.9, 0.999), eps=1e-8)
         trained = [p for p in model.parameters() if p.requires_grad]
-        if run.precision == "bf16-kahan" and not run.lora:  # an adapter's weights are fp32
-            self.optimizer = optimi.AdamW(trained, kahan_sum=True, **settings)
-        else:
-            self.optimizer = torch.optim.AdamW(trained, **settings)
+        kahan = run.precision == "bf16-kahan" and not run.lora  # an adapter's weights are fp32
+        kind = partial(optimi.AdamW, kahan_sum=True) if kahan else torch.optim.AdamW
+        settings = dict(lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+        self.optimizer = kind(trained, weight_decay=config.weight_decay, **settings)
 
     @contextmanager
     def without_adapter(self):
@@ -351,15 +299,12 @@ class Trainer:
 
     @contextmanager
     def phase(self, name):
-        """Time a phase and note its peak memory in GiB: the GPU's, or else the process's so far."""
-        on_gpu, start = self.model.device.type == "cuda", time.perf_counter()
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        with explain_out_of_memory(self.config, name):
+        """Time a phase, note the peak memory so far, and explain it where it ran out."""
+        start = time.perf_counter()
+        with memory.explain_out_of_memory(self.config, name):
             yield
-        peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_rss()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.memory[name] = max(self.memory.get(name, 0.0), peak)
+        self.seconds[name] += time.perf_counter() - start
+        self.memory[name] = memory.peak_memory(self.model.device)
 
     def step(self) -> dict:
         """Roll out one batch and train on it. Returns the metrics of papo_step, averaged over the
@@ -400,36 +345,26 @@ class Trainer:
 
     def save(self, folder, history):
         """A checkpoint: weights, processor, model card, trainer state, the settings and metrics so far."""
-        model, adapter, run = self.adapter or self.model, None, self.run
-        if self.adapter:  # small, and here not rounded by a merge
-            adapter = peft.get_peft_model_state_dict(self.adapter)
+        # An adapter's own weights are small, and not rounded by a merge.
+        adapter = peft.get_peft_model_state_dict(self.adapter) if self.adapter else None
+        model, run = self.adapter or self.model, self.run
         if run.merge:  # in fp32: what is added to a bf16 weight is mostly rounded away
             weights = {  # the copy's, made in host memory: the GPU has no room for a second model
                 id(p): torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
                 for p in self.adapter.parameters()
             }
             model = copy.deepcopy(self.adapter, weights).to("cpu").merge_and_unload()
-        record = {"settings": settings_of(self.config, run), "history": history}
+        record = {"settings": runs.settings_of(self.config, run), "history": history}
+        texts = {"README.md": report.model_card(self.config, run, history)}
+        texts["run.json"] = json.dumps(record, allow_nan=False)
         state = {"step": self.steps_done, "rows": self.rows.count, "adapter": adapter}
         state |= {"generator": self.generator.get_state(), "optimizer": self.optimizer.state_dict()}
-
-        def write(fresh):
-            model.save_pretrained(
-                fresh
-            )  # an adapter names its base, which from_pretrained looks up
-            self.processor.save_pretrained(fresh)
-            card = report.model_card(self.config, run, history)
-            (fresh / "README.md").write_text(card, encoding="utf-8")
-            (fresh / "run.json").write_text(json.dumps(record, allow_nan=False))
-            torch.save(state, fresh / "trainer_state.pt")
-
-        runs.save_checkpoint(folder, write)
+        runs.save_checkpoint(folder, [model, self.processor], texts, state)
 
     def load(self, folder):
         """Go on from a checkpoint of the same run, bit for bit."""
         try:
-            file = folder / "trainer_state.pt"
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = torch.load(folder / "trainer_state.pt", map_location="cpu", weights_only=True)
             if self.adapter:
                 peft.set_peft_model_state_dict(self.adapter, state["adapter"])
             else:
@@ -437,15 +372,13 @@ class Trainer:
                 self.model.load_state_dict(saved.state_dict())
             self.optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # missing, cut off, or of another model
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"--resume: {folder} cannot be loaded: {reason}") from None
+            raise UserError(f"--resume: {folder} cannot be loaded: {error!r}") from None
         self.generator.set_state(state["generator"])
         self.steps_done, self.rows.count = state["step"], state["rows"]
 
 
 def train_steps(trainer, held_out, history, log):
-    """Train to run.steps, or to the end of the step in which a signal is caught: only there is the
-    state one that an undisturbed run passes through, too."""
+    """Train to run.steps, or to the end of the step that a signal falls into."""
     run, done = trainer.run, trainer.steps_done
     bar = tqdm(range(done + 1, run.steps + 1), run.algorithm, run.steps, initial=done, unit="step")
     with runs.note_signals() as caught:
@@ -457,20 +390,12 @@ def train_steps(trainer, held_out, history, log):
             history.append(metrics)
             runs.append_line(Path(run.out) / "metrics.jsonl", metrics)
             log(metrics)
-            shown = {
-                name: metrics.get(name, math.nan) for name in ("reward", "accuracy", "kl_prcp")
-            }
-            bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()})
-            if (few := metrics["groups"]) < trainer.config.prompts_per_batch:
-                tqdm.write(f"step {step}: {few} mixed groups after {metrics['redraws']} redraws")
-            stopping = bool(caught)  # once: a signal from here on is for the next step
+            bar.set_postfix({k: metrics[k] for k in ("reward", "kl_prcp") if k in metrics})
+            stopping = bool(caught)  # read once: a later signal is for the next step
             if due(run.save_every) or stopping:
                 trainer.save(Path(run.out) / "checkpoint", history)
             if stopping and step < run.steps:
-                raise runs.Stopped(caught[0])
-
-
-# ---- 5. The program ------------------------------------------------------------------------------
+                raise KeyboardInterrupt(caught[0])
 
 
 # ---- 5. The program ------------------------------------------------------------------------------
@@ -478,7 +403,7 @@ def train_steps(trainer, held_out, history, log):
 
 def train(config, run):
     """The whole run: load, evaluate, train with evaluations in between, leave everything in run.out."""
-    out, settings = Path(run.out), settings_of(config, run)
+    out, settings = Path(run.out), runs.settings_of(config, run)
     history = runs.find_run(out, settings) if run.resume else []
     with nullcontext() if run.resume else runs.claimed_folder(out):
         log = runs.open_tracker(run.report_to, out, settings, len(history))
@@ -487,34 +412,31 @@ def train(config, run):
         run.steps = run.steps or math.ceil(2 * len(rows) / config.prompts_per_batch)  # two epochs
         questions = f"{len(rows):,} questions to train on, {len(held_out)} held out"
         plan = report.describe(model, config, run, questions, best_device())
-        tokens = memory.longest_prompt(model, processor, run, held_out[0])
-        sizes = memory.estimate_memory(model, config, run, *tokens)
-        plan["memory"] = memory.memory_text(sizes, best_device())
-        report.print_block(plan)  # before anything is on the GPU: it may be too much
-        with explain_out_of_memory(config, "load"):
+        if run.dataset:  # said before anything is on the GPU: it may be too much
+            sizes = memory.estimate_memory(model, config, run)
+            plan["memory"] = memory.memory_text(sizes, best_device())
+        report.print_block(plan)
+        with memory.explain_out_of_memory(config, "load"):
             trainer = Trainer(model.to(best_device()), processor, config, run, rows)
     examples = [held_out[i] for i in range(min(3, len(held_out)))]
     look = lambda: report.look_closely(model, processor, config, examples, trainer.reward)
     with trainer.phase("evaluate"):
-        looks = [look()]
+        before = look()
     if (out / "checkpoint").exists():
         trainer.load(out / "checkpoint")
-        print(f"going on with {out} after step {trainer.steps_done}")
     else:
         history = [{"step": 0, **trainer.evaluation(held_out)}]
         log(history[0])
-    settings = settings_of(config, run) | {"versions": report.versions(), "device": plan["device"]}
+    settings = {
+        **runs.settings_of(config, run),
+        "versions": report.versions(),
+        "on": plan["device"],
+    }
     runs.write_whole(out / "config.json", json.dumps(settings, indent=2, allow_nan=False) + "\n")
     runs.write_whole(out / "metrics.jsonl", runs.as_lines(history))
     train_steps(trainer, held_out, history, log)
     say_skipped(getattr(rows, "skipped", {}).values())
-    report.leave_behind(out, plan, history, looks[0], look())
-    total = sum(trainer.seconds.values())
-    spent = {
-        name: f"{seconds:5.0f} s  {seconds / total:4.0%}  peak memory {trainer.memory[name]:.1f} GiB"
-        for name, seconds in trainer.seconds.items()
-    }
-    report.print_block(spent)
+    report.leave_behind(out, plan, history, before, look(), trainer.seconds, trainer.memory)
 
 
 def evaluate_only(config, run):
@@ -522,54 +444,37 @@ def evaluate_only(config, run):
     with runs.claimed_folder(run.out, ("eval.jsonl",)) as out:
         model, processor, _, rows = load(run)
         config = replace(config, patch_size=processor.image_processor.patch_size)
-        questions = (
-            f"{len(rows)} questions, {SAMPLES} responses each, as many with the image masked"
-        )
+        questions = f"{len(rows)} questions, answered {SAMPLES} times with the image and masked"
         report.print_block(report.describe(model, config, run, questions, best_device()))
-        with explain_out_of_memory(config, "evaluate", training=False):
-            model.to(best_device())
-            seen, masked = (
-                evaluate(model, processor, config, rows, masked=m) for m in (False, True)
-            )
-    lines = []
-    for group, blind in zip(seen, masked):
-        line = {"problem": group.row["problem"], "answer": group.row["answer"]}
-        for suffix, of in (("", group), ("_masked", blind)):
-            line[f"accuracy{suffix}"] = mean(score["accuracy"] for score in of.scores)
-            line[f"responses{suffix}"] = of.texts
-        lines.append(line)
-    runs.write_whole(out / "eval.jsonl", runs.as_lines(lines))
+        with memory.explain_out_of_memory(config, "evaluate"):
+            given = model.to(best_device()), processor, config, rows
+            seen, masked = evaluate(*given), evaluate(*given, masked=True)
+    runs.write_whole(out / "eval.jsonl", runs.as_lines(report.answer_lines(seen, masked)))
     columns = {"image": summarise(seen), "masked": summarise(masked)}
-    columns["gap"] = {
-        name: columns["image"][name] - columns["masked"][name] for name in columns["image"]
-    }
+    columns["gap"] = {k: v - columns["masked"][k] for k, v in columns["image"].items()}
     report.print_table(f"{len(rows)} questions, % of responses", columns)
     print(f"\n{(out / 'eval.jsonl').resolve().as_uri()}")
 
 
 def main(argv=None):
-    """Train, or evaluate only. Exit code 2 and one line for what the user can mend, 128 + its number for a
-    signal."""
+    """The command. Exit code 2 and one line for what the user can mend, 128 + N for signal N."""
     # A library's progress bars and its plans for later versions are not the user's business.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    out = None
+    run = None
     try:
         config, run = parse_args(argv)
-        out = run.out
         (evaluate_only if run.eval_only else train)(config, run)
     except UserError as error:
         print(f"train_small.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except (runs.Stopped, KeyboardInterrupt) as stop:
-        number = stop.args[0] if isinstance(stop, runs.Stopped) else signal.SIGINT
-        print(
-            f"\nstopped; go on by: python train_small.py --resume --out {shlex.quote(out)}",
-            file=sys.stderr,
-        )
-        sys.exit(128 + number)
+    except KeyboardInterrupt as stop:  # with the number of a signal after which all was saved
+        print("\nstopped", file=sys.stderr)
+        if run and (Path(run.out) / "config.json").exists():
+            print(f"go on: python train_small.py --resume --out {run.out!r}", file=sys.stderr)
+        sys.exit(128 + (stop.args or [signal.SIGINT])[0])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Rows of real data sets as both trainers read them: {images: [one image], problem, answer}.
 
-A data set is a hub name, a folder, or a .parquet or .jsonl file. A row that cannot be used is skipped
-and counted by its reason; none is cut to fit.
+A row that cannot be used is skipped and counted by its reason; none is cut to fit.
 """
 
 import io
@@ -20,7 +19,7 @@ from transformers.image_utils import load_image
 from papo import encode_prompt, fit_image, option
 from program import UserError
 
-# What Pillow raises for a damaged or huge file; RuntimeError where a codec is a library's, as for AVIF.
+# What Pillow raises for a damaged or huge file; RuntimeError where a codec is a library's (AVIF).
 UNREADABLE = (OSError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError)
 
 
@@ -45,12 +44,13 @@ class DataConfig:
         for name, value in vars(self).items():
             if isinstance(value, str) and not value.strip():
                 raise ValueError(f"--{name.replace('_', '-')} is empty")
-        for field in fields(DataConfig):
-            name, value = field.name, getattr(self, field.name)
-            if not self.dataset and name != "eval_size" and value != field.default:
-                raise ValueError(f"--{name.replace('_', '-')} needs --dataset")
-            if field.type is int and value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and field.default != 0 and value is not None and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, got {value}")
+        for field in fields(DataConfig) if not self.dataset else ():
+            if field.name != "eval_size" and getattr(self, field.name) != field.default:
+                raise ValueError(f"--{field.name.replace('_', '-')} needs --dataset")
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
 
@@ -60,7 +60,7 @@ class DataConfig:
 
 
 def ask_hub(name):
-    """Before a name is looked up: without a network only in the cache, not six times for each file."""
+    """Without a network look a name up in the cache only, instead of asking six times per file."""
     if Path(name).exists() or huggingface_hub.is_offline_mode():
         return
     try:
@@ -72,13 +72,12 @@ def ask_hub(name):
 
 def cannot_load(flag, name, error):
     """The UserError for a library's own error, of which there are many: its message says which."""
-    hub = " (is there a network? Without --model and --dataset the embedded world runs offline)"
-    hint = "" if Path(name).exists() else hub
+    hint = " (is there a network? The embedded world runs offline)" * (not Path(name).exists())
     return UserError(f"{flag} {name}: cannot be loaded{hint}: {type(error).__name__}: {error}")
 
 
 def open_dataset(run):
-    """The data set of a DataConfig, which has the columns it names."""
+    """The data set of a DataConfig, with all columns that it names."""
     name, path = run.dataset, Path(run.dataset)
     builder = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
     is_file, saved = builder and path.is_file(), (path / "state.json").exists()
@@ -97,8 +96,8 @@ def open_dataset(run):
     except Exception as error:
         raise cannot_load("--dataset", name, error) from None
     if missing := [column for column in run.columns if column not in dataset.column_names]:
-        has = f"{', '.join(missing)}; it has {', '.join(dataset.column_names)}"
-        raise UserError(f"--dataset {name} has no column {has} (see --image-column and the like)")
+        has = ", ".join(dataset.column_names)
+        raise UserError(f"--dataset {name} has no column {missing[0]}; it has {has}")
     return dataset.select(range(min(len(dataset), run.max_samples or len(dataset))))
 
 
@@ -118,10 +117,8 @@ def open_image(image, folder):
 
 
 def read_row(dataset, index, run, processor):
-    """One row in the trainers' own columns: images, one as the vision tower sees it (a photo may be ten
-    times as large), problem, answer, and prompt, the question encoded.
-
-    Raises ValueError with the reason if the row cannot be trained on or asked about."""
+    """One row in the trainers' columns: images (one, of the size the vision tower sees), problem,
+    answer, prompt (the question encoded). Raises ValueError with the reason if it is unusable."""
     path = Path(run.dataset)
     try:
         row = dataset[index]
@@ -150,8 +147,8 @@ class Unusable(UserError):
 
 
 class Rows:
-    """Rows of a data set, read and checked when asked for. One that cannot be used raises Unusable;
-    `skipped` keeps {place: reason}, and the first row of each reason is said at once."""
+    """Rows of a data set, read when asked for. One that cannot be used raises Unusable; `skipped`
+    keeps {place: reason}, and the first row of each reason is said at once."""
 
     def __init__(self, dataset, run, processor, indices):
         self.dataset, self.run, self.processor, self.indices = dataset, run, processor, indices
@@ -177,14 +174,11 @@ def say_skipped(reasons):
 
 
 class RowStream:
-    """An endless iterator over usable rows, newly shuffled each epoch. `count` rows, also unusable ones,
-    are behind it: all the state there is. UserError once every row has turned out to be unusable."""
+    """next() gives usable rows, newly shuffled each epoch. Its state is `count`, the rows tried.
+    UserError once every row is known to be unusable."""
 
     def __init__(self, rows, seed):
         self.rows, self.seed, self.count, self.order = rows, seed, 0, None
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         while True:
@@ -202,8 +196,8 @@ class RowStream:
 
 
 def load_rows(run, processor, training=True):
-    """Rows to train on, each checked when it is drawn, and held-out ones, checked here: the last usable
-    --eval-size, at most a quarter, or all if nothing is trained."""
+    """Rows to train on, each checked when it is drawn, and held-out ones, checked here: the last
+    usable --eval-size, at most a quarter, or all if nothing is trained."""
     dataset = open_dataset(run)
     rows = Rows(dataset, run, processor, range(len(dataset)))
     wanted = max(1, min(run.eval_size, len(rows) // 4)) if training else len(rows)
@@ -217,9 +211,8 @@ def load_rows(run, processor, training=True):
                 bar.update()
     say_skipped(rows.skipped.values())
     if start == 0 and len(held_out) < 1 + training:
-        usable = f"{len(held_out)} usable rows, at least {1 + training} are needed"
-        skipped = dict(Counter(rows.skipped.values()))
-        raise UserError(f"--dataset {run.dataset}: {usable}; skipped {skipped}")
+        found = f"{len(held_out)} usable rows; skipped {dict(Counter(rows.skipped.values()))}"
+        raise UserError(f"--dataset {run.dataset}: at least {1 + training} are needed, {found}")
     train = range(start)
     if start == 0 and training:  # so few are usable that all were seen
         end = len(held_out) - max(1, len(held_out) // 4)

@@ -1,5 +1,6 @@
-"""What a run leaves behind, from numbers and texts that train_small.py has measured: tables, model card,
-curves, samples. It knows nothing of training: it is handed dicts and groups and makes them readable.
+"""What a run leaves behind: tables, the model card (card.md), curves, samples (samples.html).
+
+It knows nothing of training: it is handed dicts and groups and makes them readable.
 """
 
 import base64
@@ -14,6 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from itertools import accumulate
 from pathlib import Path
+from statistics import mean
+from string import Template
 
 import torch
 import transformers
@@ -36,8 +39,7 @@ MEASURES = {  # of an evaluation, in words
 
 @functools.cache
 def versions():
-    """What this process runs: {python, torch, transformers, code}; code is the git commit, -dirty if files
-    differ from it."""
+    """What this process runs; code is the git commit, -dirty if files differ from it."""
     found = {"python": platform.python_version()}
     found |= {"torch": torch.__version__, "transformers": transformers.__version__}
     command = "git --no-optional-locks describe --always --dirty --exclude=* --abbrev=12".split()
@@ -49,16 +51,14 @@ def versions():
 
 def recipe_of(config, run) -> str:
     """The algorithm, its weights, and what deviates from the preset."""
-    weights = "".join(
-        f", {name} {getattr(config, name):g}" for name in ("gamma", "beta", "eta1", "eta2")
-    )
-    text = run.algorithm + weights + ", gated" * config.gated
+    weights = [f"{name} {getattr(config, name):g}" for name in ("gamma", "beta", "eta1", "eta2")]
+    text = ", ".join([run.algorithm, *weights, *["gated"] * config.gated])
     if run.preset:
-        pairs = zip(asdict(PAPOConfig.preset(run.preset)).items(), asdict(config).values())
-        changed = [f"{name} {old} -> {new}" for (name, old), new in pairs if new != old]
-        text += f"; preset {run.preset} " + (
-            f"but for {', '.join(changed)}" if changed else "as published"
+        old, new = asdict(PAPOConfig.preset(run.preset)), asdict(config)
+        changed = ", ".join(
+            f"{name} {old[name]} -> {new[name]}" for name in old if new[name] != old[name]
         )
+        text += f"; preset {run.preset} {f'but for {changed}' if changed else 'as published'}"
     return text
 
 
@@ -100,74 +100,13 @@ def evaluation_in(line):
     return {k.removeprefix("eval_"): value for k, value in line.items() if k.startswith("eval_")}
 
 
-CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-{metadata}
-tags: [papo, reinforcement-learning, vision-language]
----
-
-# {method} (gamma {gamma:g}) on {base}
-
-Perception-Aware Policy Optimization (arXiv 2507.06448) trains a vision-language model by
-reinforcement learning with rewards that a rule decides. To the objective of GRPO (PAPO-G) or DAPO
-(PAPO-D) it adds a KL divergence between the policy looking at the image and the same policy looking
-at a randomly masked one. Raising it rewards answers that depend on the image.{version}
-
-## Usage
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-from papo import encode_prompt  # adds the instruction the model was trained with
-
-processor = AutoProcessor.from_pretrained("this folder")
-model = AutoModelForImageTextToText.from_pretrained("this folder")
-inputs = encode_prompt(processor, "<image>How many ...?", image)  # image: a PIL image
-print(processor.decode(model.generate(**inputs, max_new_tokens={max_new_tokens})[0]))
-```
-
-## Data
-
-Trained on {data}: {steps} steps of {prompts_per_batch} questions, {group_size} responses each, seed {seed}.
-
-## Results
-
-Held-out questions of the same kind, {samples} sampled responses each, %:
-
-| | before | after |
-|---|---|---|
-{results}
-
-## Limits
-
-Measured on nothing but these questions: not on other data or benchmarks, other languages, several
-images, video or conversation, and not for safety. A higher reward does not prove better perception:
-compare the accuracy with the image masked.
-
-## License
-
-The code is MIT licensed. The weights derive from the base model and the data, whose own licenses hold.
-
-## Settings
-
-| | | |
-|---|---|---|
-{settings}
-
-Versions: {versions}.
-"""
-PAPO_H = """
-
-With gamma = 0.02 and no entropy terms this is the recipe of what its authors call PAPO-H: the model
-of the higher perception weight (elsewhere they use 0.01)."""
-
-
 def model_card(config, run, history):
     """The checkpoint's README.md, with the metadata that a model hub reads."""
     evaluations = [evaluation_in(line) for line in history if "eval_accuracy" in line]
     steps, before, after = history[-1]["step"], evaluations[0], evaluations[-1]
     method = (run.preset or run.algorithm)[:6].upper()  # PAPO-G, PAPO-D, GRPO or DAPO
-    other = config.gamma != 0.02 or config.eta1 or config.eta2 or config.gated
+    is_h = method == "PAPO-G" and config.gamma == 0.02 and not (config.eta1 or config.eta2)
+    is_h = is_h and not config.gated
     on_hub = lambda name: name if name and not Path(name).exists() else None
     named = lambda name: name and (on_hub(name) or Path(name).name)
     metadata = {
@@ -186,8 +125,9 @@ def model_card(config, run, history):
     results = [f"| {MEASURES[n]} | {100 * before[n]:.1f} | {100 * after[n]:.1f} |" for n in shared]
     words = {field.name: field.metadata["help"].replace("|", "\\|") for field in fields(config)}
     settings = [f"| {name} | {value} | {words[name]} |" for name, value in asdict(config).items()]
-    return CARD.format(
-        **asdict(config),
+    card = Template(Path(__file__).with_name("card.md").read_text())
+    return card.substitute(
+        asdict(config),
         steps=steps,
         seed=run.seed,
         samples=SAMPLES,
@@ -195,14 +135,15 @@ def model_card(config, run, history):
         metadata="\n".join(f"{name}: {json.dumps(value)}" for name, value in known.items()),
         base=named(run.model) or "the embedded world's warm start",
         data=f"`{named(run.dataset)}`, split `{run.split}`" if run.dataset else toy_data,
-        version="" if method != "PAPO-G" or other else PAPO_H,
+        version=" Its authors call this recipe PAPO-H." * is_h,
         results="\n".join(results),
         settings="\n".join(settings),
         versions=", ".join(f"{name} {value}" for name, value in versions().items()),
     )
 
 
-PANELS = {  # of curves.png: {title: {metric: (label, line)}}; colours of Okabe and Ito, whom all can tell
+# curves.png: {title: {metric: (label, colour, line)}}; colours of Okabe and Ito, which all can tell.
+PANELS = {
     f"held-out accuracy (avg@{SAMPLES})": {
         "eval_accuracy_low": ("low vision dependency", "#E69F00", "--"),
         "eval_accuracy_medium": ("medium", "#56B4E9", "-."),
@@ -237,8 +178,7 @@ def save_picture(figure, path):
 
 
 def plot_curves(path, history, title):
-    """One page: accuracy by vision dependency, reward, and the signs by which a run goes well or is being
-    hacked."""
+    """One page: accuracy, reward, and the signs by which a run goes well or is being hacked."""
     from matplotlib import pyplot as plt
 
     plt.switch_backend("Agg")
@@ -263,8 +203,7 @@ def plot_curves(path, history, title):
 
 @torch.no_grad()
 def look_closely(model, processor, config, rows, reward):
-    """What samples.html shows of a few questions: for every response token log pi - log pi_mask, nats the
-    image is worth."""
+    """A few questions, and for every response token log pi - log pi_mask: nats the image is worth."""
     sizes = dict(prompts_per_batch=len(rows), updates_per_batch=1, group_size=4)
     # So that every question has a mask.
     config = replace(config, gamma=1.0, gated=False, dynamic_sampling=False, **sizes)
@@ -299,38 +238,8 @@ def misread(words, digits):
     return {starts.index(said.start(1) + 2 * i) for i in range(len(read)) if read[i] != right[i]}
 
 
-PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{name}: PAPO samples</title>
-<meta name="viewport" content="width=device-width, initial-scale=1"><style>
-:root {{ color-scheme: light dark }}
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 1rem auto; max-width: 75rem; padding: 0 1rem }}
-section {{ border-top: 1px solid #8888; padding: .5rem 0 }}
-figure {{ display: inline-block; margin: 0 1rem .5rem 0; max-width: 100% }}
-figcaption, table {{ font-size: .8rem }}
-th {{ text-align: left; vertical-align: top; padding-right: 1rem }} td {{ overflow-wrap: anywhere }}
-img {{ display: block; width: 22rem; max-width: 100%; box-sizing: border-box; border: 1px solid #888 }}
-img {{ image-rendering: pixelated }}
-.pair {{ display: grid; grid-template-columns: 1fr 1fr; gap: 1.5rem }}
-.pair > div {{ min-width: 0 }}
-@media (max-width: 45rem) {{ .pair {{ grid-template-columns: 1fr }} }}
-h1 {{ font-size: 1.6rem }} h3 {{ font-size: 1rem; margin: .5rem 0 }}
-.response {{ overflow-wrap: anywhere; white-space: pre-wrap; margin: 0 0 .75rem }}
-.response {{ font: .9rem ui-monospace, monospace }}
-.score {{ font: .8rem system-ui, sans-serif; display: block; opacity: .8; margin-top: .2rem }}
-.token {{ border-radius: .2rem }}
-.token:has(small) {{ display: inline-flex; flex-direction: column; align-items: center }}
-.token:has(small) {{ margin: 0 1px .4rem }}
-small {{ font: .65rem/1.2 system-ui, sans-serif; user-select: none }}
-.misread {{ outline: 2px solid #d00 }}
-</style></head><body><h1>{name}: how much does each token owe to the image?</h1><table>{run}</table>
-<p>The number below a token is its log &pi; &minus; log &pi;<sub>mask</sub> in nats, where it is 0.1
-or more. Blue: the image makes it likelier. Orange: less likely. Plain: the token does not depend on
-the image. {wrong}: a digit that the picture does not show there.</p><p>{scale}</p>
-{sections}</body></html>"""
-
-
 def shade(token, gain, wrong=False):
-    """One token as HTML, blue if the image makes it likelier, orange if less likely, with the number below
-    where it shows."""
+    """One token as HTML, blue if the image makes it likelier, else orange, the number below it."""
     text = token.rstrip("\n")
     number = f"<small>{gain:+.1f}</small>" if text and abs(gain) >= 0.1 else ""
     colour = f"rgb({'0 114 178' if gain > 0 else '230 159 0'} / {min(abs(gain) / 5, 0.8):.2f})"
@@ -358,8 +267,8 @@ def show_response(r):
 
 
 def write_samples(path, plan, before, after):
-    """samples.html: questions with image and masked image, and the responses before and after training,
-    token by token. plan: what ran on what, {word: text}."""
+    """Questions with image and masked image, and the responses before and after training, token by
+    token. plan: what ran on what, {word: text}."""
     sections = []
     for old, new in zip(before, after):
         question = html.escape(old["row"]["problem"].replace("<image>", " ").strip())
@@ -371,7 +280,7 @@ def write_samples(path, plan, before, after):
         )
         head = f"<p>{question} Answer: <b>{answer}</b></p>{pictures}"
         sections.append(f'<section>{head}<div class="pair">{columns}</div></section>')
-    page = PAGE.format(
+    page = Template(Path(__file__).with_name("samples.html").read_text()).substitute(
         name=html.escape(path.parent.name),
         run="".join(f"<tr><th>{word}<td>{html.escape(text)}" for word, text in plan.items()),
         wrong=shade("1", 0, True),
@@ -381,13 +290,28 @@ def write_samples(path, plan, before, after):
     path.write_text(page, encoding="utf-8")
 
 
-def leave_behind(out, plan, history, before, after):
-    """The pictures and tables of a finished run."""
+def leave_behind(out, plan, history, before, after, seconds, memory):
+    """The pictures and tables of a finished run. seconds, memory: of its phases, in GiB."""
     write_samples(out / "samples.html", plan, before, after)
     seed = plan["steps"].split("; ")[-1]
     plot_curves(out / "curves.png", history, f"{plan['algorithm'].split(';')[0]}, {seed}")
     evaluations = [evaluation_in(line) for line in history if "eval_accuracy" in line]
     columns = {"before": evaluations[0], "after": evaluations[-1]}
     print_table("held-out questions, % of responses", columns)
+    share = {
+        name: f"{spent:5.0f} s  {spent / sum(seconds.values()):4.0%}"
+        for name, spent in seconds.items()
+    }
+    print_block({name: f"{text}  up to {memory[name]:.1f} GiB" for name, text in share.items()})
     for name in ("samples.html", "curves.png", "metrics.jsonl", "checkpoint/README.md"):
         print((out / name).resolve().as_uri())
+
+
+def answer_lines(seen, masked):
+    """eval.jsonl: Groups of the same questions, with the image and with it masked, line by line."""
+    for group, blind in zip(seen, masked):
+        line = {"problem": group.row["problem"], "answer": group.row["answer"]}
+        for suffix, of in (("", group), ("_masked", blind)):
+            line[f"accuracy{suffix}"] = mean(score["accuracy"] for score in of.scores)
+            line[f"responses{suffix}"] = of.texts
+        yield line

@@ -1,31 +1,32 @@
-"""The life of a run: the folder that is its own, checkpoints that are whole or not there, how it goes on
-and how it stops.
-
-A folder holds config.json (the settings), metrics.jsonl (a line for each step) and checkpoint/, in which
-run.json holds the settings and metrics that belong to its weights: {settings, history}.
+"""The life of a run: a folder of its own, checkpoints that are whole or not there, how it stops and
+goes on. The folder holds config.json (the settings), metrics.jsonl (a line for each step) and
+checkpoint/, whose run.json holds what belongs to its weights: {settings, history}.
 """
 
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from program import UserError
 
 # What another run must not write over. The first is made at once, which only one process can.
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.new", "checkpoint.old")
-# Settings that a resumed run may change: its length, how often it looks and saves, where it reports.
+# Settings that a resumed run may change: its length, how often it looks and saves, its tracker.
 FREE = ("steps", "eval_every", "save_every", "resume", "out", "patch_size", "report_to")
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM, whose number it carries, ended the run after a step; everything is saved."""
-
-
-# --- the folder ---
+def settings_of(config, run):
+    """All settings as strict JSON can hold them: an infinite one as a string."""
+    both = {**asdict(config), **asdict(run)}
+    return {k: str(v) if v in (math.inf, -math.inf) else v for k, v in both.items()}
 
 
 @contextmanager
@@ -35,15 +36,10 @@ def claimed_folder(out, holds=RUN_FILES):
     out = Path(out)
     try:
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
-        if os.path.lexists(out) and not out.is_dir():
-            raise UserError(f"--out {out} is a file")
         out.mkdir(parents=True, exist_ok=True)
-        if found := [name for name in holds if (out / name).exists()]:
-            raise FileExistsError(found[0])
+        if taken := [name for name in holds if (out / name).exists()]:
+            raise UserError(f"{out} holds {taken[0]}: name another by --out, or go on by --resume")
         (out / holds[0]).open("x").close()
-    except FileExistsError:
-        hint = "name another folder by --out" + ", or go on by --resume" * (holds == RUN_FILES)
-        raise UserError(f"{out} holds {holds[0]} of another run: {hint}") from None
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}") from None
     try:
@@ -76,18 +72,18 @@ def append_line(path, line):
         raise UserError(f"{path}: {error.strerror}; the last checkpoint is whole") from error
 
 
-# --- the checkpoint ---
-
-
-def save_checkpoint(folder, write):
-    """write(fresh) fills a folder beside, `.new`, which is then swapped in. Killed before the first rename,
-    `folder` is the last checkpoint, untouched; between the two, whole_checkpoint finds the new one."""
+def save_checkpoint(folder, parts, texts, state):
+    """Write parts by save_pretrained, {name: text} and a trainer's state to `.new`, and swap it in.
+    Killed before the first rename, `folder` is the last one; later, whole_checkpoint finds one."""
     fresh, old = folder.with_suffix(".new"), folder.with_suffix(".old")
     for leftover in (fresh, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
-        fresh.mkdir()
-        write(fresh)
+        for part in parts:
+            part.save_pretrained(fresh)
+        for name, text in texts.items():
+            (fresh / name).write_text(text, encoding="utf-8")
+        torch.save(state, fresh / "trainer_state.pt")
         # On the disk before the last checkpoint goes, should the power fail.
         for path in filter(Path.is_file, fresh.rglob("*")):
             with open(path, "rb+") as file:
@@ -102,13 +98,9 @@ def save_checkpoint(folder, write):
 
 
 def whole_checkpoint(out):
-    """The newest whole checkpoint: a save killed between its two renames has left it as `.new`, the one
-    before it as `.old`."""
+    """The newest whole one, which a save killed between its two renames left as `.new`."""
     folder, fresh, old = (out / f"checkpoint{suffix}" for suffix in ("", ".new", ".old"))
     return folder if folder.exists() or not old.exists() else fresh if fresh.exists() else old
-
-
-# --- going on ---
 
 
 def read_record(out):
@@ -131,8 +123,8 @@ def read_record(out):
 def find_run(out, settings):
     """The history of the run in `out`, which may go on only as what it was, but for FREE."""
     record = read_record(out)
-    was = {name: value for name, value in record["settings"].items() if name in settings}
-    differs = [name for name in was if name not in FREE and was[name] != settings[name]]
+    was = {**settings, **record["settings"]}  # what was no setting yet may be anything
+    differs = [name for name in settings if name not in FREE and was[name] != settings[name]]
     if differs:
         changed = ", ".join(f"{name} {was[name]} -> {settings[name]}" for name in differs)
         raise UserError(f"--resume: {out} was started with other settings: {changed}")
@@ -145,16 +137,11 @@ def find_run(out, settings):
     return record["history"]
 
 
-# --- signals and trackers ---
-
-
 @contextmanager
 def note_signals():
     """A list that the first SIGINT or SIGTERM is put into; a second one acts at once."""
-    caught, at_once = (
-        [],
-        {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL},
-    )
+    caught = []
+    at_once = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def note(number, frame):
         caught.append(number)
@@ -172,7 +159,7 @@ def note_signals():
 
 
 def open_tracker(library, out, settings, first_step):
-    """A function that hands one line of metrics to a tracker, imported only when it is asked for."""
+    """A function that hands one line of metrics to a tracker, imported only when needed."""
     try:
         if library == "none":
             return lambda line: None
