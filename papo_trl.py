@@ -27,11 +27,12 @@ from program.data import DataConfig, open_dataset, read_row, say_skipped
 class PAPOTrainer(GRPOTrainer):
     """GRPOTrainer with PAPO's objective; config is kept as self.papo. B: responses in a pass of one
     process; P, T: their longest prompt and response. The model is from a folder or the hub, where
-    TRL finds the reference. Data sets have columns images (one, fitted), problem, answer, row."""
+    TRL finds the reference. Data sets have columns images (fitted), problem, answer, row."""
 
     def _generate_and_score_completions(self, inputs):
         """Sample with PAPO's prompts; add its advantages and each response's masked pixels."""
-        prompts = [{**row, "prompt": papo.chat_messages(row["problem"])} for row in inputs]
+        message = lambda row: papo.chat_messages(row["problem"], len(row["images"]))
+        prompts = [{**row, "prompt": message(row)} for row in inputs]
         batch = super()._generate_and_score_completions(prompts)
         if self.model.training:  # evaluation wants the rewards only
             rewards = self.rewards.view(-1, self.papo.group_size)  # (questions, G)
@@ -50,7 +51,7 @@ class PAPOTrainer(GRPOTrainer):
         seed = random.Random(f"{self.args.seed} {self.state.global_step} {row['row']}")
         generator = torch.Generator().manual_seed(seed.getrandbits(63))
         settings = self.papo.mask_ratio, self.papo.patch_size, generator
-        masked = papo.mask_patches(row["images"][0], *settings)
+        masked = [papo.mask_patches(image, *settings) for image in row["images"]]
         pixels = papo.mask_prompt(self.processing_class, {}, masked)["pixel_values"]
         return pixels.to(self.accelerator.device)
 

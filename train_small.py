@@ -231,9 +231,9 @@ def evaluate(model, processor, config, rows, seed=0, masked=False, reward=comput
         share = []
         for i in range(start, min(start + config.prompts_per_sample, len(rows))):
             row = dict(rows[i])
-            image = row.pop("images")[0]
-            image = mask(papo.fit_image(processor, image)) if masked else image
-            share.append(row | {"prompt": papo.encode_prompt(processor, row["problem"], image)})
+            images = [papo.fit_image(processor, image) for image in row.pop("images")]
+            images = [mask(image) for image in images] if masked else images
+            share.append(row | {"prompt": papo.encode_prompt(processor, row["problem"], images)})
         answered = papo.sample_and_grade(model, processor, config, share, sampling, reward)
         groups += [replace(group, prompt=None) for group in answered]
     return groups
@@ -410,15 +410,16 @@ def train(config, run):
         model, processor, rows, held_out = load(run)
         config = replace(config, patch_size=processor.image_processor.patch_size)
         run.steps = run.steps or math.ceil(2 * len(rows) / config.prompts_per_batch)  # two epochs
+        examples = [held_out[i] for i in range(min(3, len(held_out)))]
         questions = f"{len(rows):,} questions to train on, {len(held_out)} held out"
         plan = report.describe(model, config, run, questions, best_device())
         if run.dataset:  # said before anything is on the GPU: it may be too much
-            sizes = memory.estimate_memory(model, config, run)
+            images = max(len(row["images"]) for row in examples)
+            sizes = memory.estimate_memory(model, config, run, images)
             plan["memory"] = memory.memory_text(sizes, best_device())
         report.print_block(plan)
         with memory.explain_out_of_memory(config, "load"):
             trainer = Trainer(model.to(best_device()), processor, config, run, rows)
-    examples = [held_out[i] for i in range(min(3, len(held_out)))]
     look = lambda: report.look_closely(model, processor, config, examples, trainer.reward)
     with trainer.phase("evaluate"):
         before = look()

@@ -1,26 +1,34 @@
-"""Rows of real data sets as both trainers read them: {images: [one image], problem, answer}.
+"""Rows of real data sets as both trainers read them: {images: [at least one], problem, answer}.
 
 A row that cannot be used is skipped and counted by its reason; none is cut to fit.
 """
 
+import base64
 import io
+import os
+import string
+import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from numbers import Number
 from pathlib import Path
+from urllib.parse import quote
+from urllib.request import urlopen
 
 import datasets
-import huggingface_hub
+import numpy
+import pandas
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
+from qwen_vl_utils.vision_process import to_rgb
 from tqdm import tqdm
-from transformers.image_utils import load_image
 
-from papo import encode_prompt, fit_image, option
-from program import UserError
+from papo import compute_reward, encode_prompt, fit_image, option
+from program import UserError, ask_hub, cannot_load
 
-# What Pillow raises for a damaged or huge file; RuntimeError where a codec is a library's (AVIF).
-UNREADABLE = (OSError, SyntaxError, EOFError, RuntimeError, Image.DecompressionBombError)
+FETCH_SECONDS = 10  # from asking a server for an image to its last byte
+BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv"}
 
 
 @dataclass
@@ -29,11 +37,11 @@ class DataConfig:
 
     _argument_group_name = "data"
 
-    dataset: str = option(None, "hub name, folder, .parquet or .jsonl; without: embedded world")
+    dataset: str = option(None, "hub name, folder, .parquet, .jsonl or .csv; without: toy.py's")
     split: str = option("train", "its last --eval-size questions, at most a quarter, are held out")
     eval_size: int = option(96, "held-out questions")
     max_samples: int = option(None, "use only the first so many rows")
-    image_column: str = option("images", "column with the image, or a list of one")
+    image_column: str = option("images", "column with an image or a list of them")
     problem_column: str = option("problem", "column with the question, which may say <image>")
     answer_column: str = option("answer", "column with the answer")
     min_pixels: int = option(200704, "smaller images are enlarged to this area (published)")
@@ -59,28 +67,17 @@ class DataConfig:
         return self.image_column, self.problem_column, self.answer_column
 
 
-def ask_hub(name):
-    """Without a network look a name up in the cache only, instead of asking six times per file."""
-    if Path(name).exists() or huggingface_hub.is_offline_mode():
-        return
-    try:
-        huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=5)
-        print(f"{name}: from the hub, unless it is in its cache")
-    except Exception:  # no name server, no route, no answer: each has an error of its own
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-
-
-def cannot_load(flag, name, error):
-    """The UserError for a library's own error, of which there are many: its message says which."""
-    hint = " (is there a network? The embedded world runs offline)" * (not Path(name).exists())
-    return UserError(f"{flag} {name}: cannot be loaded{hint}: {type(error).__name__}: {error}")
+def dtype_of(dataset, column):
+    return getattr(dataset.features.get(column), "dtype", "")
 
 
 def open_dataset(run):
-    """The data set of a DataConfig, with all columns that it names."""
+    """The columns that a DataConfig names of the data set that it names."""
     name, path = run.dataset, Path(run.dataset)
-    builder = {".parquet": "parquet", ".jsonl": "json", ".json": "json"}.get(path.suffix)
-    is_file, saved = builder and path.is_file(), (path / "state.json").exists()
+    builder = BUILDERS.get(Path(name.lower().removesuffix(".gz")).suffix)
+    is_file, saved = path.is_file(), (path / "state.json").exists()
+    if is_file and not builder:
+        raise UserError(f"--dataset {name}: its ending is none of {', '.join(BUILDERS)}, or .gz")
     if (is_file or saved) and run.split != "train":
         raise UserError(f"--split {run.split}: {name} has no splits")
     if not path.exists() and (builder or path.is_absolute() or name.startswith(".")):
@@ -88,58 +85,110 @@ def open_dataset(run):
     try:
         if saved:
             dataset = datasets.load_from_disk(name)
-        elif is_file:
-            dataset = datasets.load_dataset(builder, data_files=name, split="train")
+        elif is_file:  # in a CSV, None and NA are words as any
+            how = dict(keep_default_na=False) if builder == "csv" else {}
+            dataset = datasets.load_dataset(builder, data_files=name, split="train", **how)
         else:
             ask_hub(name)
             dataset = datasets.load_dataset(name, split=run.split)
+        answer = run.answer_column
+        if builder == "json" and dtype_of(dataset, answer).startswith("timestamp"):
+            how = dict(lines=".jsonl" in name.lower(), convert_dates=False, dtype=False)
+            written = pandas.read_json(name, **how)[answer].tolist()  # text, not its meaning
+            dataset = dataset.remove_columns(answer).add_column(answer, written)
     except Exception as error:
         raise cannot_load("--dataset", name, error) from None
     if missing := [column for column in run.columns if column not in dataset.column_names]:
         has = ", ".join(dataset.column_names)
         raise UserError(f"--dataset {name} has no column {missing[0]}; it has {has}")
+    dataset = dataset.select_columns(list(run.columns))
     return dataset.select(range(min(len(dataset), run.max_samples or len(dataset))))
 
 
+def fetch(url):
+    """What lies at a URL (http, https, data, file). ValueError if it is not had within a time."""
+    got, address = [], quote(url, safe=string.punctuation)
+
+    def download():  # in a thread, for urlopen's time limit begins anew with every byte
+        with suppress(Exception), urlopen(address, timeout=FETCH_SECONDS) as file:
+            got.append(file.read(2**28))  # bytes at most: a camera's stream has no end
+
+    thread = threading.Thread(target=download, daemon=True)
+    thread.start()
+    thread.join(FETCH_SECONDS)
+    if not got:
+        raise ValueError("image cannot be fetched")
+    return got[0]
+
+
 def open_image(image, folder):
-    """A PIL image from what a data set may hold: one, its bytes, or where it lies."""
-    if isinstance(image, dict):  # undecoded: {bytes, path}
-        image = Image.open(io.BytesIO(image["bytes"])) if image.get("bytes") else image.get("path")
-    if isinstance(image, str) and ("://" in image or image.startswith("data:")):
-        with suppress(ValueError):  # what holds no image stays a string
-            image = load_image(image)
+    """A PIL image from what a data set may hold: one, its bytes (also as numbers or base64 text),
+    its path or URL, or {bytes, path}."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str) and ("://" in image or image.startswith(("data:", "file:"))):
+        image = fetch(image)
+    elif isinstance(image, str) and os.path.isfile(folder / image):
+        image = (folder / image).read_bytes()
     elif isinstance(image, str):
-        image = Image.open(folder / image)
+        image = base64.b64decode("".join(image.split()), validate=True)
     if not isinstance(image, Image.Image):
-        raise OSError("no image")
+        image = Image.open(io.BytesIO(bytes(image)))
     image.load()
     return image
 
 
+def as_seen(image):
+    """A PIL image as a person sees it, in RGB: upright, on white where it is transparent, and with
+    its whole range of grey. ValueError where that range is anyone's guess."""
+    is_pgm, image = image.format == "PPM", ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # grey of 16 or 32 bits, which Pillow would clip to 8
+        grey, top = numpy.asarray(image, dtype=float), 1 if image.mode == "F" else 65535
+        known = image.mode != "I" or is_pgm
+        if not known or not 0 <= grey.min() <= grey.max() <= top:
+            raise ValueError("32-bit image of unknown range")
+        grey = numpy.where(grey == image.info.get("transparency"), top, grey)
+        return Image.fromarray((grey * (255 / top)).round().astype("uint8")).convert("RGB")
+    return to_rgb(image.convert("RGBA" if image.has_transparency_data else "RGB"))
+
+
+def answer_text(answer, dataset, column):
+    """The answer as it was written. ValueError with the reason if there is none."""
+    if isinstance(label := dataset.features[column], datasets.ClassLabel):
+        answer = None if answer is None or answer < 0 else label.int2str(answer)
+    if (dtype := dtype_of(dataset, column)) in ("float16", "float32"):
+        answer = numpy.dtype(dtype).type(answer)  # 0.1, not 0.10000000149011612
+    if answer is None or answer != answer or not str(answer).strip():  # NaN: a missing number
+        raise ValueError("empty answer")
+    if isinstance(answer, bool) or not isinstance(answer, (str, Number)):
+        raise ValueError("answer is no text or number")
+    return str(answer).strip()
+
+
 def read_row(dataset, index, run, processor):
-    """One row in the trainers' columns: images (one, of the size the vision tower sees), problem,
+    """One row in the trainers' columns: images (of the size the vision tower sees), problem,
     answer, prompt (the question encoded). Raises ValueError with the reason if it is unusable."""
     path = Path(run.dataset)
+    folder = path if path.is_dir() else path.parent
     try:
         row = dataset[index]
         images, problem, answer = (row[column] for column in run.columns)
         images = [x for x in (images if isinstance(images, list) else [images]) if x is not None]
-        if len(images) != 1:
-            raise ValueError("more than one image" if images else "no image")
-        image = open_image(images[0], path if path.is_dir() else path.parent)
-        if not isinstance(problem, str) or not problem.strip():
-            raise ValueError("problem is no text")
-        if answer is None or answer != answer or not str(answer).strip():  # NaN: a missing number
-            raise ValueError("empty answer")
-        if isinstance(answer, bool) or not isinstance(answer, (str, int, float)):
-            raise ValueError("answer is no text or number")
-        image = fit_image(processor, image)
-        prompt = encode_prompt(processor, problem, image)
-    except UNREADABLE:
-        raise ValueError("unreadable image") from None
+        images = [as_seen(open_image(image, folder)) for image in images]
+    except Exception as error:  # a plain one has our reason; of Pillow's there are all kinds
+        raise ValueError(error if type(error) is ValueError else "unreadable image") from None
+    if not images:
+        raise ValueError("no image")
+    if not isinstance(problem, str) or not problem.strip():
+        raise ValueError("problem is no text")
+    answer = answer_text(answer, dataset, run.answer_column)
+    if any(max(image.size) > 200 * min(image.size) for image in images):
+        raise ValueError("image more than 200 times longer than wide")
+    images = [fit_image(processor, image) for image in images]
+    prompt = encode_prompt(processor, problem, images)
     if prompt["input_ids"].shape[1] > run.max_prompt_tokens:
         raise ValueError(f"prompt longer than {run.max_prompt_tokens} tokens")
-    return {"images": [image], "problem": problem, "answer": str(answer).strip(), "prompt": prompt}
+    return {"images": images, "problem": problem, "answer": answer, "prompt": prompt}
 
 
 class Unusable(UserError):
@@ -158,14 +207,15 @@ class Rows:
         return len(self.indices)
 
     def __getitem__(self, i):
-        try:
-            return read_row(self.dataset, self.indices[i], self.run, self.processor)
-        except ValueError as error:
-            reason = str(error)
-        if reason not in self.skipped.values():
-            tqdm.write(f"skipping row {self.indices[i]}: {reason}")
-        self.skipped[i] = reason
-        raise Unusable(f"row {self.indices[i]}: {reason}")
+        if i not in self.skipped:  # a dead server is waited for once
+            try:
+                return read_row(self.dataset, self.indices[i], self.run, self.processor)
+            except ValueError as error:
+                reason = str(error)
+            if reason not in self.skipped.values():
+                tqdm.write(f"skipping row {self.indices[i]}: {reason}")
+            self.skipped[i] = reason
+        raise Unusable(f"row {self.indices[i]}: {self.skipped[i]}")
 
 
 def say_skipped(reasons):
@@ -201,18 +251,21 @@ def load_rows(run, processor, training=True):
     dataset = open_dataset(run)
     rows = Rows(dataset, run, processor, range(len(dataset)))
     wanted = max(1, min(run.eval_size, len(rows) // 4)) if training else len(rows)
-    held_out, start = [], len(rows)
+    held_out, gradable, start = [], False, len(rows)
     with tqdm(total=wanted, desc="checking held-out rows", unit="row") as bar:
         while start > 0 and len(held_out) < wanted:
             start -= 1
             with suppress(Unusable):
-                rows[start]
+                answer = rows[start]["answer"]
                 held_out.insert(0, start)
+                gradable = gradable or compute_reward(rf"\boxed{{{answer}}}", answer)["accuracy"]
                 bar.update()
     say_skipped(rows.skipped.values())
     if start == 0 and len(held_out) < 1 + training:
         found = f"{len(held_out)} usable rows; skipped {dict(Counter(rows.skipped.values()))}"
         raise UserError(f"--dataset {run.dataset}: at least {1 + training} are needed, {found}")
+    if not gradable:
+        tqdm.write(f"warning: no answer is right, as {answer!r} where {answer!r} is asked for")
     train = range(start)
     if start == 0 and training:  # so few are usable that all were seen
         end = len(held_out) - max(1, len(held_out) // 4)

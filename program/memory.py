@@ -41,14 +41,15 @@ def activation_bytes(model, config, run, L, patches, head, width):
     return graphs * (kept + 2 * L * L * width) + inside
 
 
-def estimate_memory(model, config, run) -> dict[str, float]:
+def estimate_memory(model, config, run, images=1) -> dict[str, float]:
     """GiB that a run on --dataset takes, by part, and the peak: what stays and the largest phase.
-    The longest prompt is the largest image with 256 tokens of text. A batch's images, as
-    patches or as features of a frozen tower, wait in the host's memory: not in the peak."""
+    The longest prompt is so many of the largest images with 256 tokens of text. A batch's images,
+    as patches or as features of a frozen tower, wait in the host's memory: not in the peak."""
     text, vision = model.config.get_text_config(), model.config.vision_config
     width, H, V = next(model.parameters()).element_size(), text.hidden_size, text.vocab_size
     head = getattr(text, "head_dim", None) or H // text.num_attention_heads
-    image = run.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2  # tokens
+    largest = run.max_pixels // (vision.patch_size * vision.spatial_merge_size) ** 2
+    image = min(run.max_prompt_tokens, images * largest)  # tokens
     row = min(run.max_prompt_tokens, image + 256) + config.max_new_tokens
     L, patches = max(config.tokens_per_forward, row), image * vision.spatial_merge_size**2
     responses = config.prompts_per_sample * max(config.group_size, SAMPLES)

@@ -223,8 +223,8 @@ def look_closely(model, processor, config, rows, reward):
                 response["error"] = toy.error_type(group.texts[i], group.row)
             response |= dict(score=group.scores[i], advantage=group.advantages[i].item())
             responses.append(response)
-        image = fit_image(processor, group.row["images"][0])
-        pictures = {"image": image, "masked": group.masked_images[0]}
+        images = [fit_image(processor, image) for image in group.row["images"]]
+        pictures = {"images": images, "masked": group.masked_images}
         shown.append({"row": group.row, **pictures, "responses": responses})
     return shown
 
@@ -273,12 +273,13 @@ def write_samples(path, plan, before, after):
     for old, new in zip(before, after):
         question = html.escape(old["row"]["problem"].replace("<image>", " ").strip())
         answer = html.escape(old["row"]["answer"])
-        pictures = show_picture(old["image"], "image") + show_picture(old["masked"], "masked image")
+        shown = [show_picture(image, "image") for image in old["images"]]
+        shown += [show_picture(image, "masked image") for image in old["masked"]]
         columns = "".join(
-            f"<div><h3>{title}</h3>{''.join(map(show_response, shown['responses']))}</div>"
-            for title, shown in (("before training", old), ("after", new))
+            f"<div><h3>{title}</h3>{''.join(map(show_response, of['responses']))}</div>"
+            for title, of in (("before training", old), ("after", new))
         )
-        head = f"<p>{question} Answer: <b>{answer}</b></p>{pictures}"
+        head = f"<p>{question} Answer: <b>{answer}</b></p>{''.join(shown)}"
         sections.append(f'<section>{head}<div class="pair">{columns}</div></section>')
     page = Template(Path(__file__).with_name("samples.html").read_text()).substitute(
         name=html.escape(path.parent.name),
