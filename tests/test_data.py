@@ -2,13 +2,16 @@
 reason; and the answers, as they were written."""
 
 import base64
+import gzip
 import http.server
 import io
 import json
 import struct
 import threading
 import zlib
+from decimal import Decimal
 
+import datasets
 import numpy as np
 import pytest
 from conftest import make_model, make_processor, picture
@@ -16,8 +19,8 @@ from PIL import Image
 
 import papo
 import train_small as ts
-from program import data
-from program.data import DataConfig, open_dataset, read_row
+from program import UserError, data
+from program.data import DataConfig, load_rows, open_dataset, read_row
 
 # ---- Pictures ------------------------------------------------------------------------------------
 
@@ -309,3 +312,86 @@ def test_a_question_about_several_images(folder, tmp_path, monkeypatch):
     assert [mask.size for mask in masks] == [(56, 84), (112, 84), (56, 84)] and len(set(seeds)) == 1
     assert all((np.asarray(mask).reshape(-1, 3).sum(1) == 0).any() for mask in masks)
     assert not np.array_equal(np.asarray(masks[0]), np.asarray(masks[2]))
+
+
+# ---- Answers and files ---------------------------------------------------------------------------
+
+TEXT = datasets.Value("string")
+PATH_OF_GOOD = dict(images="good.png", problem="What?")
+
+
+def answers_of(file, processor, **settings):
+    """Every answer as read_row gives it, or the reason why not."""
+    config = DataConfig(dataset=str(file), min_pixels=4704, max_pixels=15680, **settings)
+    dataset, texts = open_dataset(config), []
+    for i in range(len(dataset)):
+        try:
+            texts.append(read_row(dataset, i, config, processor)["answer"])
+        except ValueError as error:
+            texts.append(error.args[0])
+    return texts
+
+
+@pytest.mark.parametrize(
+    "feature, values, texts",
+    [
+        (
+            datasets.ClassLabel(names=["cat", "dog"]),
+            [1, 0, -1, None],
+            ["dog", "cat", "empty answer", "empty answer"],
+        ),
+        (datasets.Value("float32"), [0.1, 3.0, None], ["0.1", "3.0", "empty answer"]),
+        (datasets.Value("float16"), [0.1, 2.5], ["0.1", "2.5"]),
+        (datasets.Value("float64"), [0.1, float("nan")], ["0.1", "empty answer"]),
+        (datasets.Value("decimal128(5, 2)"), [Decimal("1.50")], ["1.50"]),
+        (datasets.Value("bool"), [True], ["answer is no text or number"]),
+        (datasets.List(TEXT), [["a"]], ["answer is no text or number"]),
+    ],
+    ids=lambda value: getattr(value, "dtype", None) or type(value).__name__,
+)
+def test_an_answer_is_what_was_written(feature, values, texts, processor, tmp_path):
+    picture(1).save(tmp_path / "good.png")
+    features = datasets.Features(images=TEXT, problem=TEXT, answer=feature)
+    rows = [PATH_OF_GOOD | dict(answer=value) for value in values]
+    datasets.Dataset.from_list(rows, features=features).to_parquet(tmp_path / "rows.parquet")
+    assert answers_of(tmp_path / "rows.parquet", processor) == texts
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl", "ROWS.JSONL", "rows.jsonl.gz", "rows.json", "rows.csv", "rows.csv.gz"]
+)
+@pytest.mark.parametrize(
+    "answers", [["2024-01-02", "2025-12-31"], ["2024-01-02 10:30:00"] * 2, ["None", "N/A"]]
+)
+def test_files_are_read_as_what_they_are(name, answers, processor, tmp_path):
+    """Dates stay text, in each kind of file."""
+    picture(1).save(tmp_path / "good.png")
+    rows = [PATH_OF_GOOD | dict(answer=answer) for answer in answers]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if ".json" in name and "l" not in name:
+        text = json.dumps(rows)
+    if ".csv" in name:
+        text = "images,problem,answer\n" + "".join(
+            f"good.png,What?,{answer}\n" for answer in answers
+        )
+    body = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(body) if name.endswith(".gz") else body)
+    assert answers_of(tmp_path / name, processor) == answers
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    (tmp_path / "rows.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match=r"rows.zip: its ending is none of .parquet, .jsonl"):
+        open_dataset(DataConfig(dataset=str(tmp_path / "rows.zip")))
+
+
+def test_answers_that_cannot_be_graded_are_warned_of(processor, tmp_path, capsys):
+    """If one of the held-out ones can, nothing is said."""
+    picture(1).save(tmp_path / "good.png")
+    for last, warned in ((r"\frac{1}{2", True), (r"\frac{1}{2}", False)):
+        rows = [PATH_OF_GOOD | dict(answer=answer) for answer in ["3"] * 6 + [last] + ["$"]]
+        config = DataConfig(
+            dataset=write_lines(tmp_path / "rows.jsonl", rows), min_pixels=4704, max_pixels=15680
+        )
+        load_rows(config, processor)
+        assert ("warning: no answer is right" in capsys.readouterr().out) == warned
