@@ -27,13 +27,14 @@ import peft
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForImageTextToText, HfArgumentParser
 
 import papo
 import toy
 from papo import PAPOConfig, compute_reward, option
 from program import SAMPLES, UserError, memory, report, runs
-from program.data import DataConfig, RowStream, ask_hub, cannot_load, load_rows, say_skipped
+from program.data import DataConfig, RowStream, load_rows, say_skipped
+from program.model import load_model, weights_id
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 
@@ -144,57 +145,6 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
 # ---- 2. Model ------------------------------------------------------------------------------------
 
 
-def check_model(run, base, adapter):
-    """Raises UserError for a model that would not be trained or evaluated as it should be."""
-    config, reason = AutoConfig.from_pretrained(base), None
-    layers = getattr(config.get_text_config(), "layer_types", None) or ()  # Qwen3-VL has none
-    if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        reason = f"is a {config.model_type}, no Qwen2-VL, Qwen2.5-VL or Qwen3-VL"
-    elif "sliding_attention" in layers:  # under which sampling and scoring differ
-        reason = "uses sliding-window attention: set use_sliding_window to false in its config.json"
-    elif adapter and run.lora and not run.merge:  # which could not be loaded without the first one
-        reason = "is a LoRA adapter; for a second one on top of it add --merge"
-    elif adapter and not run.eval_only and run.precision != "fp32":
-        reason = "is a LoRA adapter; bf16 would round it away when merged: add --precision fp32"
-    if reason:
-        raise UserError(f"--model {run.model} {reason}")
-
-
-def load_model(run):
-    """Model and processor of --model, with the flags' image sizes where a data set is given."""
-    path, name = Path(run.model), f"--model {run.model}"
-    if (path.is_absolute() or run.model.startswith(".")) and not path.is_dir():
-        raise UserError(f"{name}: no such folder")
-    if (path / "checkpoint").is_dir():
-        raise UserError(f"{name} is a run; its model is {path / 'checkpoint'}")
-    dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
-    how = dict(dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-    try:
-        base, adapter = run.model, (path / "adapter_config.json").exists()
-        if adapter:
-            base = peft.PeftConfig.from_pretrained(run.model).base_model_name_or_path
-        ask_hub(base)
-        check_model(run, base, adapter)
-        processor = AutoProcessor.from_pretrained(run.model)
-        model, info = AutoModelForImageTextToText.from_pretrained(base, **how)
-        if adapter:  # evaluated as it was trained, beside its base
-            model = peft.PeftModel.from_pretrained(model, run.model)
-            model = model.base_model.model if run.eval_only else model.merge_and_unload()
-            model.requires_grad_(True)  # peft had frozen the base
-    except UserError:
-        raise
-    except Exception as error:  # a missing file, a cut-off one, no network
-        raise cannot_load("--model", run.model, error) from None
-    if missing := info["missing_keys"]:
-        raise UserError(f"{name} lacks {len(missing)} weights, such as {min(missing)}")
-    if broken := [n for n, weight in model.named_parameters() if not weight.isfinite().all()]:
-        raise UserError(f"{name} has NaN or infinite weights in {len(broken)} tensors: {broken[0]}")
-    if run.dataset:
-        edges = dict(shortest_edge=run.min_pixels, longest_edge=run.max_pixels)
-        processor.image_processor.size = edges
-    return model, processor
-
-
 def load(run):
     """Model, in host memory, processor, rows to train on, held-out rows."""
     if run.model:
@@ -274,6 +224,7 @@ class Trainer:
         self.seconds, self.memory, self.adapter = Counter(), {}, None
         if run.freeze_vision:
             model.model.visual.requires_grad_(False)
+        self.base = weights_id(model) if run.lora else None
         if run.lora:  # layers are replaced inside the model, so papo.py sees the same model as ever
             kind = dict(r=run.lora, lora_alpha=2 * run.lora, target_modules=memory.ADAPTED)
             with torch.random.fork_rng():
@@ -283,8 +234,8 @@ class Trainer:
         frozen = None if alone else copy.deepcopy(model).requires_grad_(False)
         self.reference = self.without_adapter if run.lora else lambda: nullcontext(frozen)
         if run.gradient_checkpointing:
-            reentrant = {"use_reentrant": False}
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+            old = model.gradient_checkpointing_enable  # its name before transformers 5.24
+            getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False})
         trained = [p for p in model.parameters() if p.requires_grad]
         kahan = run.precision == "bf16-kahan" and not run.lora  # an adapter's weights are fp32
         kind = partial(optimi.AdamW, kahan_sum=True) if kahan else torch.optim.AdamW
@@ -357,6 +308,8 @@ class Trainer:
         record = {"settings": runs.settings_of(self.config, run), "history": history}
         texts = {"README.md": report.model_card(self.config, run, history)}
         texts["run.json"] = json.dumps(record, allow_nan=False)
+        if self.adapter and not run.merge:  # to be told if what is loaded is another base
+            texts["base.json"] = json.dumps({"weights": self.base})
         state = {"step": self.steps_done, "rows": self.rows.count, "adapter": adapter}
         state |= {"generator": self.generator.get_state(), "optimizer": self.optimizer.state_dict()}
         runs.save_checkpoint(folder, [model, self.processor], texts, state)
@@ -464,6 +417,8 @@ def main(argv=None):
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    if hasattr(sys.stdout, "reconfigure"):  # a letter that a terminal cannot show is no error
+        sys.stdout.reconfigure(errors="replace")
     run = None
     try:
         config, run = parse_args(argv)

@@ -93,7 +93,7 @@ def open_dataset(run):
             dataset = datasets.load_dataset(name, split=run.split)
         answer = run.answer_column
         if builder == "json" and dtype_of(dataset, answer).startswith("timestamp"):
-            how = dict(lines=".jsonl" in name.lower(), convert_dates=False, dtype=False)
+            how = dict(lines=".jsonl" in name.lower(), dtype=False)
             written = pandas.read_json(name, **how)[answer].tolist()  # text, not its meaning
             dataset = dataset.remove_columns(answer).add_column(answer, written)
     except Exception as error:
