@@ -24,8 +24,8 @@ The double entropy keeps both distributions sure, which works against that, up t
 THE WAY OF THE DATA
     question, image, answer -> encode_prompt -> sample_groups -> compute_reward -> group_advantages
                             -> mask_patches  -> mask_prompt   -> group_logps x 1..4 -> papo_loss
-    roll_out goes as far as mask_prompt. score_constants runs group_logps for pi_old and pi_ref,
-    where they are needed. papo_step runs it for pi_theta and pi_mask, and updates.
+    roll_out goes as far as mask_prompt. score_constants runs group_logps for the old and the
+    reference policy, papo_step for the trained one and its masked view; then it updates.
 
 THE SECTIONS
     1 masking   2 advantages   3 terms of the loss   4 objective: up to here it is all of PAPO
@@ -518,8 +518,8 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
     """log pi(o_t | q, I, o_<t) of every token of G responses to one prompt, in one forward pass.
 
     responses: G LongTensors (<= T,). Returns logps (G, T) fp32, 0 on padding; response_mask (G, T)
-    float; and with_entropy the entropy (G, T), in nats. Gradient flows if enabled. ValueError for no
-    or an empty response, for one with a vision token, and for attention that takes no mask."""
+    float; and with_entropy the entropy (G, T), in nats. Gradient flows if enabled. ValueError for
+    an empty response or none, for one with a vision token, for attention that takes no mask."""
     if not len(responses) or any(len(o) == 0 for o in responses):
         raise ValueError("group_logps needs at least one response, each of at least one token")
     targets = torch.cat(list(responses)).to(model.device)  # (N,) all response tokens
