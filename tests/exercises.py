@@ -129,7 +129,8 @@ def clip_has_its_value(clipped_loss):
 
 
 def clip_takes_a_batch(clipped_loss):
-    """(B, T) log-probs and (B,) advantages give (B, T): one advantage for all tokens of a response"""
+    """(B, T) log-probs and (B,) advantages give (B, T): one advantage for all tokens of a
+    response"""
     logps = tensor([[-1.0, -2.0, -0.5], [-0.3, -1.5, -3.0]])
     old_logps = tensor([[-1.2, -1.0, -0.5], [-1.3, -1.5, -2.0]])
     expected = [
@@ -161,7 +162,8 @@ def draw_masks(mask, ratio, count=200, width=75, height=50, size=14):
 
 
 def masks_make_a_new_image(mask):
-    """A new RGB image of the same size, whatever the mode of the given one, which stays as it was"""
+    """A new RGB image of the same size, whatever the mode of the given one, which stays as it
+    was"""
     for mode in ("RGB", "L", "RGBA"):
         image = grey(width=75, height=50).convert(mode)
         before = image.tobytes()
@@ -174,7 +176,8 @@ def masks_make_a_new_image(mask):
 
 
 def masks_have_their_ratio(mask):
-    """Each cell is black with probability `ratio`, those cut by the edge too: 1 blacks out everything"""
+    """Each cell is black with probability `ratio`, those cut by the edge too: 1 blacks out
+    everything"""
     for ratio in (0.0, 0.3, 0.6, 1.0):
         shares = draw_masks(mask, ratio).mean(0)  # of each cell over 200 masks
         for place in ((0, 0), (1, 2), (shares.shape[0] - 1, shares.shape[1] - 1)):
@@ -193,7 +196,8 @@ def masks_are_coin_flips(mask):
 
 
 def masks_come_from_the_generator(mask):
-    """The same generator seed gives the same mask, another another; torch's own generator is not used"""
+    """The same generator seed gives the same mask, another another; torch's own generator is not
+    used"""
     draw = lambda seed: mask(grey(), 0.5, 14, seeded(seed)).tobytes()
     state = torch.get_rng_state()
     require(draw(1) == draw(1), "generator seed 1 twice: you gave two masks, expected the same")
@@ -222,7 +226,8 @@ def k3_is_clamped(k3):
 
 
 def k3_sees_small_differences(k3):
-    """Nearly equal policies: in fp32 exp(x) - 1 drowns a small x in rounding, torch.expm1 does not"""
+    """Nearly equal policies: in fp32 exp(x) - 1 drowns a small x in rounding, torch.expm1 does
+    not"""
     for log_x in (1e-3, -1e-3, 1e-4, -3e-4):
         given = k3(torch.zeros(1, 1), tensor([[log_x]]))
         expected = [[log_x**2 / 2 + log_x**3 / 6]]
@@ -342,7 +347,8 @@ def tokens_are_chosen(vision_entropy):
 
 
 def only_entropy_gets_gradient(vision_entropy):
-    """In papo_loss with eta1 = 1 the gradient reaches the chosen entropies, nothing through the choice"""
+    """In papo_loss with eta1 = 1 the gradient reaches the chosen entropies, nothing through the
+    choice"""
     entropy, logps, masked_logps = (x.clone().requires_grad_() for x in token_tensors())
     bonus = vision_entropy(entropy, logps, masked_logps, 0.5)
     zeros, ones = torch.zeros(2, 4), torch.ones(2, 4)
@@ -357,7 +363,8 @@ def only_entropy_gets_gradient(vision_entropy):
 
 
 def padding_stays_out(vision_entropy):
-    """Where log-probs are equal, as on padding, nothing is chosen, even if the entropy there is nan"""
+    """Where log-probs are equal, as on padding, nothing is chosen, even if the entropy there is
+    nan"""
     inputs = tensor([[1.0, math.nan]]), tensor([[-0.1, 0.0]]), tensor([[-3.0, 0.0]])
     given = vision_entropy(*inputs, 0.5)
     expect("gaps [2.9, 0], entropies [1, nan]", given, [[1.0, 0.0]])
@@ -370,19 +377,22 @@ def baseline_leaves_one_out(leave_one_out):
 
 
 def baseline_keeps_the_scale(leave_one_out):
-    """Nothing divides by the standard deviation: ten times the rewards give ten times the advantages"""
+    """Nothing divides by the standard deviation: ten times the rewards give ten times the
+    advantages"""
     expect("rewards [10, 0, 0]", leave_one_out(tensor([10.0, 0, 0])), [10, -5, -5])
 
 
 def baseline_per_group(leave_one_out):
-    """Several groups at once, (n, G) -> (n, G), each on its own; a group of equal rewards gives 0"""
+    """Several groups at once, (n, G) -> (n, G), each on its own; a group of equal rewards gives
+    0"""
     rewards = [[1.0, 0, 0], [0.1, 0.1, 0.1], [0, 1, 1]]
     expected = [[1, -0.5, -0.5], [0, 0, 0], [-1, 0.5, 0.5]]
     expect(f"rewards {rewards}", leave_one_out(tensor(rewards)), expected)
 
 
 def weights_are_weights(kl_weights):
-    """One finite weight of 0 or more per token, (B, T); over all kinds of tokens not all of them 0"""
+    """One finite weight of 0 or more per token, (B, T); over all kinds of tokens not all of them
+    0"""
     generator = seeded(0)
     masked_logps = -0.5 - 5 * torch.rand(20, 6, generator=generator)  # (B, T)
     gaps = (5 * torch.randn(20, 6, generator=generator)).clamp(max=-masked_logps - 0.01)  # (B, T)
@@ -424,7 +434,8 @@ class NotSolved(Exception):
 
 
 def check(name, answer):
-    """Grade an answer to exercise `name`, print the verdict. True: solved, False: wrong, None: not yet."""
+    """Grade an answer to exercise `name`, print the verdict. True: solved, False: wrong, None: not
+    yet."""
 
     def solved(*inputs, **settings):
         given = answer(*inputs, **settings) if callable(answer) else answer

@@ -42,6 +42,9 @@ def test_group_advantages_by_hand_and_numpy():
     expected = (rewards - rewards.mean(-1, keepdims=True)) / (std + 1e-6)
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
     assert result.shape == (2, 3, 7) and result.dtype == torch.float32
+    for alone in (1.0, [1.0], [[1.0], [0.0]]):
+        with pytest.raises(ValueError, match="G >= 2"):
+            group_advantages(alone)
 
 
 def test_a_group_of_equal_rewards_is_exactly_zero():
@@ -51,15 +54,6 @@ def test_a_group_of_equal_rewards_is_exactly_zero():
         other = value + 1 + abs(value)
         both = group_advantages([[value] * G, [value] * (G - 1) + [other]])
         assert (both[0] == 0).all() and (both[1] != 0).all(), (G, value)
-
-
-@pytest.mark.parametrize("rewards", [1.0, [1.0], [[1.0], [0.0]]])
-def test_a_group_needs_two(rewards):
-    with pytest.raises(ValueError, match="G >= 2"):
-        group_advantages(rewards)
-
-
-# --- clipped_policy_loss and kl_k3 --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,8 +185,6 @@ def test_sampled_entropy_has_no_expected_gradient_and_the_exact_one_has():
     close(exact, gradient(entropy_of))
     assert exact.abs().max() > 0.1
 
-
-# --- aggregate ----------------------------------------------------------------------------------
 
 B, T, LENGTHS = 4, 5, [5, 1, 3, 2]
 MASK = (torch.arange(T) < torch.tensor(LENGTHS)[:, None]).double()  # (B, T)
@@ -405,9 +397,6 @@ def test_the_terms_check_their_own_shapes(term):
         aggregate(torch.ones(1, 1), torch.ones(1, 1), "mean")
 
 
-# --- gated --------------------------------------------------------------------------------------
-
-
 def test_perception_gate_by_hand():
     """Open where A > 0 and pi > pi_mask: not where the picture speaks against the token or changes
     nothing, not in a worse response, not among equal rewards."""
@@ -508,9 +497,6 @@ def test_preset_changes_and_unknown_names():
     ):
         with pytest.raises(ValueError, match=words):
             PAPOConfig.preset(name, gamma=gamma)
-
-
-# --- the header ---------------------------------------------------------------------------------
 
 
 def test_glossary_names_exist():
