@@ -1,6 +1,5 @@
-"""Advantages, the terms of the loss, the objective (paper Eq. 2 and 3) and the recipe, against
-numbers worked by hand, numpy in float64, finite differences, and the enumeration of a small
-categorical."""
+"""Advantages, terms, objective (paper Eq. 2 and 3) and recipe, against numbers worked by hand, numpy
+in float64, finite differences, and the enumeration of a small categorical."""
 
 import doctest
 import inspect
@@ -26,9 +25,6 @@ def f64(*values):
 
 def close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-# --- group_advantages ---------------------------------------------------------------------------
 
 
 def test_group_advantages_by_hand_and_numpy():
@@ -356,8 +352,7 @@ def test_padding_is_inert_in_every_term(masked_grad, aggregation, exact, padding
     "name, needs", [("masked_logps", "gamma"), ("masked_logps", "eta2"), ("ref_logps", "beta")]
 )
 def test_missing_inputs_are_refused_only_when_needed(name, needs, gated):
-    """A term with a weight needs its input; one without does not, and what was not measured is no
-    metric."""
+    """A term with a weight needs its input; one without does not, and has no metric."""
     inputs, config = random_inputs(), PAPOConfig(gamma=0, beta=0, gated=gated)
     for missing in ("masked_logps", "masked_entropy", "ref_logps"):
         del inputs[missing]

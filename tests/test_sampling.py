@@ -179,6 +179,8 @@ def test_sampling_stops_when_all_have_ended(one_vlm, monkeypatch):
     groups = sample(model, processor, 2, 50)
     hook.remove()
     assert [len(o) for o in flat(groups)] == [1, 2, 3, 4] and sizes == [2, 3, 2, 1]
+    with pytest.raises(ValueError, match="no prompts"):
+        sample(model, processor, 2, 8, prompts=[])
 
 
 def test_sampling_with_image_features(vlm):
@@ -201,11 +203,6 @@ def test_training_mode_and_checkpointing(vlm):
     model.train()
     assert flat(sample(model, processor, 2, 8)) == expected
     assert model.training and model.model.training
-
-
-def test_no_prompts(one_vlm):
-    with pytest.raises(ValueError, match="no prompts"):
-        sample(*one_vlm, 2, 8, prompts=[])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,4 @@
-"""One step: rollouts, constants, update. The accumulated gradient is that of one big batch scored
-the stock way."""
+"""One step: rollouts, constants, update. Gradients are those of one big batch scored as usual."""
 
 import copy
 import itertools
@@ -198,11 +197,6 @@ def test_an_objective_of_ones_own(one_vlm):
     assert missing == {"ref_logps", "masked_logps", "entropy", "masked_entropy"}
 
 
-def test_no_groups(one_vlm):
-    with pytest.raises(ValueError, match="at least one group"):
-        papo_step(one_vlm[0], None, PAPOConfig(), [])
-
-
 def test_score_constants(one_vlm):
     """pi_old is stored for all but the first update's groups, pi_ref only with beta, both as the
     stock forward has them and without gradient; micro-batches or not."""
@@ -246,6 +240,8 @@ def test_split_batch_covers_once_in_order():
         parts = split_batch(PAPOConfig(updates_per_batch=updates), list(range(n)))
         assert sum(parts, []) == list(range(n)) and len(parts) == min(n, updates) and all(parts)
         assert not parts or max(map(len, parts)) - min(map(len, parts)) <= 1
+    with pytest.raises(ValueError, match="at least one group"):
+        papo_step(None, None, PAPOConfig(), [])
 
 
 ROWS = [dict(images=[picture(k, 84, 56)], problem=f"What is {k}?", answer="7") for k in range(3)]
