@@ -3,8 +3,7 @@ as its users do:
 
     pip install mathruler pylatexenc tqdm && python tests/grader_pairs.py
 
-grader_pairs.tsv is split by a checksum: the rules were written on the tuned half only, `unseen` was
-written after them."""
+grader_pairs.tsv is split by a checksum: the rules saw the tuned half only, `unseen` came after."""
 
 import sys
 import zlib
