@@ -169,9 +169,6 @@ def test_attention_kinds(vlm, monkeypatch):
         group_logps(model, prompt, responses)
 
 
-# --- the head -----------------------------------------------------------------------------------
-
-
 def head_inputs(N=23, H=8, V=50):
     g = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(H, V, bias=False)
