@@ -1,5 +1,4 @@
-"""group_logps: a group scored as one row equals each response scored alone by the model's
-forward."""
+"""group_logps: a group scored as one row equals each response scored alone by stock code."""
 
 import pytest
 import torch
