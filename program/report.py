@@ -224,7 +224,7 @@ def look_closely(model, processor, config, rows, reward):
             response |= dict(score=group.scores[i], advantage=group.advantages[i].item())
             responses.append(response)
         image = fit_image(processor, group.row["images"][0])
-        pictures = {"image": image, "masked": group.masked_image}
+        pictures = {"image": image, "masked": group.masked_images[0]}
         shown.append({"row": group.row, **pictures, "responses": responses})
     return shown
 

@@ -1,11 +1,9 @@
-"""The grader on labelled pairs, beside math-verify and mathruler where they are installed, each called as
-its users do:
+"""The grader on labelled pairs, beside math-verify and mathruler where they are installed, each called
+as its users do:
 
     pip install mathruler pylatexenc tqdm && python tests/grader_pairs.py
 
-grader_pairs.tsv is split by a checksum: the rules were written on the tuned half only, `unseen` was written
-after them.
-"""
+grader_pairs.tsv is split by a checksum: the rules saw the tuned half only, `unseen` came after."""
 
 import sys
 import zlib
@@ -13,17 +11,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from grader import answers_match
+
 
 def labelled_pairs() -> dict[str, list[tuple[str, str, bool]]]:
-    """{"tuned", "held out", "unseen": [(boxed answer, answer of the data set, whether they mean the same)]}"""
-    parts = {"tuned": [], "held out": [], "unseen": []}
-    unseen = False
+    """{"tuned", "held out", "unseen": [(boxed answer, answer of the data set, whether they
+    agree)]}"""
+    parts, unseen = {"tuned": [], "held out": [], "unseen": []}, False
     for line in Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").splitlines():
         unseen = unseen or line == "# unseen"
         if line[0] != "#":
             label, given, expected = line.split("\t")
-            half = "held out" if zlib.crc32(f"{given}\t{expected}".encode()) % 2 else "tuned"
-            parts["unseen" if unseen else half].append((given, expected, label == "+"))
+            odd = zlib.crc32(f"{given}\t{expected}".encode()) % 2
+            part = "unseen" if unseen else "held out" if odd else "tuned"
+            parts[part].append((given, expected, label == "+"))
     return parts
 
 
@@ -31,23 +32,18 @@ def rates(grade, pairs) -> tuple[float, float]:
     """(share of right verdicts, share of the wrong answers that are accepted)"""
     verdicts = [(grade(given, expected), same) for given, expected, same in pairs]
     accepted = [verdict for verdict, same in verdicts if not same]
-    return sum(verdict == same for verdict, same in verdicts) / len(verdicts), sum(accepted) / len(accepted)
+    right = sum(verdict == same for verdict, same in verdicts)
+    return right / len(verdicts), sum(accepted) / len(accepted)
 
 
-def with_papo(given: str, expected: str) -> bool:
-    import papo
-
-    return papo.compute_reward(rf"\boxed{{{given}}}", expected)["accuracy"] == 1
-
-
-def with_math_verify(given: str, expected: str) -> bool:
+def math_verify(given: str, expected: str) -> bool:
     from math_verify import parse, verify
 
     expected = expected if "$" in expected or "boxed" in expected else f"${expected}$"
     return verify(parse(expected), parse(rf"\boxed{{{given}}}"))
 
 
-def with_mathruler(given: str, expected: str) -> bool:
+def mathruler(given: str, expected: str) -> bool:
     from mathruler.grader import extract_boxed_content, grade_answer
 
     return bool(grade_answer(extract_boxed_content(rf"\boxed{{{given}}}"), expected))
@@ -56,18 +52,13 @@ def with_mathruler(given: str, expected: str) -> bool:
 if __name__ == "__main__":
     parts = labelled_pairs()
     print("right verdicts / wrong answers accepted")
-    print("| grader | " + " | ".join(f"{name} ({len(pairs)})" for name, pairs in parts.items()) + " |")
+    print("| grader | " + " | ".join(f"{name} ({len(p)})" for name, p in parts.items()) + " |")
     print("|---" * (1 + len(parts)) + "|")
-    for name, grade in [
-        ("this one", with_papo),
-        ("math-verify", with_math_verify),
-        ("mathruler", with_mathruler),
-    ]:
+    graders = {"this one": answers_match, "math-verify": math_verify, "mathruler": mathruler}
+    for grader, grade in graders.items():
         try:
-            cells = [
-                f"{right:.1%} / {wrong:.1%}"
-                for right, wrong in (rates(grade, p) for p in parts.values() if p)
-            ]
+            found = [rates(grade, pairs) for pairs in parts.values()]
+            cells = [f"{right:.1%} / {accepted:.1%}" for right, accepted in found]
         except ImportError as error:
             cells = [f"not installed: {error.name}"]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"| {grader} | " + " | ".join(cells) + " |")
