@@ -159,8 +159,8 @@ def load(run):
         if processor.tokenizer.get_vocab() == toy.toy_processor(task).tokenizer.get_vocab():
             raise UserError(f"--model {run.model} answers --task {task}, not --task {run.task}")
     rows = toy.toy_dataset("train", 2048, run.digits, run.seed, run.task)
-    # Held out are the same questions for every seed.
-    return model, processor, rows, toy.toy_dataset("test", run.eval_size, run.digits, 0, run.task)
+    held_out = toy.toy_dataset("test", run.eval_size, run.digits, 0, run.task)  # for every seed
+    return model, processor, rows, held_out
 
 
 best_device = lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu")
