@@ -25,8 +25,7 @@ THE WAY OF THE DATA
     question, image, answer -> encode_prompt -> sample_groups -> compute_reward -> group_advantages
                             -> mask_patches  -> mask_prompt   -> group_logps x 1..4 -> papo_loss
     roll_out goes as far as mask_prompt. score_constants runs group_logps for the old and the
-    reference policy, where they are needed. papo_step runs it for the trained policy and its masked
-    view, calls papo_loss, and updates.
+    reference policy, papo_step for the trained one and its masked view; then it updates.
 
 THE SECTIONS
     1 masking   2 advantages   3 terms of the loss   4 objective: up to here it is all of PAPO
@@ -90,9 +89,8 @@ from transformers.image_utils import load_image
 
 from grader import answers_match
 
+
 # ---- 1. Random patch masking: I -> I_mask   ([1] App. G.1) ---------------------------------------
-
-
 def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
     """Black out each patch_size x patch_size cell of a grid, independently, with probability ratio.
     Of the ratios [1] finds 0.6 to 0.8 best; wholly black images make training collapse sooner.
@@ -115,8 +113,6 @@ def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
 
 
 # ---- 2. Group advantages: R_1 .. R_G -> A_1 .. A_G   ([1] section 2, after [3]) ------------------
-
-
 def group_advantages(rewards, eps=1e-6):
     """A_i = (R_i - mean(R)) / (std(R) + eps) over the group, the last dimension.
 
@@ -138,8 +134,6 @@ def group_advantages(rewards, eps=1e-6):
 
 
 # ---- 3. The terms of the loss, each (B, T) -> (B, T) ---------------------------------------------
-
-
 def policy_ratio(logps, old_logps):
     """r = pi_theta / pi_old of each token, (B, T), (B, T) -> (B, T). The log-ratio is clamped to
     +-20, as in [2]."""
@@ -225,8 +219,6 @@ def aggregate(per_token, response_mask, mode):
 
 
 # ---- 4. The objective ----------------------------------------------------------------------------
-
-
 def papo_loss(
     config, logps, old_logps, advantages, response_mask, masked_logps=None, ref_logps=None,
     entropy=None, masked_entropy=None, rewards=None,
@@ -284,8 +276,6 @@ def papo_loss(
 
 
 # ---- 5. The rule-based reward: R_i ---------------------------------------------------------------
-
-
 def extract_boxed(text: str) -> str | None:
     r"""Inside of the last balanced \boxed{...} in `text`, or None. \{ and \} are no braces.
 
@@ -327,8 +317,6 @@ def compute_reward(response: str, answer: str, format_weight: float = 0.1) -> di
 
 
 # ---- 6. Sampling: o_1 .. o_G ~ pi_old(. | q, I) --------------------------------------------------
-
-
 def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
     """Draw one token per row. logits (B, V) -> (B,). temperature 0 takes the likeliest."""
     if temperature == 0:
@@ -356,10 +344,8 @@ def attention_bias(visible, dtype):
 
 class RoomyLayer(DynamicLayer):
     """One layer of a KV cache that writes a new token in place; transformers' own copies all that
-    is there to append one.
-
-    filled: the layer after the prefill of n prompts. A prompt's keys and values, computed once, are
-    copied for each of its G responses: rows 0 to G - 1 continue the first prompt."""
+    is there. filled: the layer after the prefill of n prompts. A prompt's keys and values, computed
+    once, are copied for each of its G responses: rows 0 to G - 1 continue the first prompt."""
 
     def __init__(self, filled, group_size):
         super().__init__()
@@ -397,7 +383,9 @@ def prefill(model, prompts):
     pad = dict(batch_first=True, padding_side="left")
     ids = [prompt["input_ids"][0] for prompt in prompts]  # n x (P,)
     seen = pad_sequence([torch.ones_like(row) for row in ids], **pad).to(model.device)  # (n, P)
-    input_ids = pad_sequence(ids, **pad).to(model.device)  # (n, P) whatever the padding, no one sees
+    input_ids = pad_sequence(ids, **pad).to(
+        model.device
+    )  # (n, P) whatever the padding, no one sees
     images = image_inputs(prompts, model.device)
     positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
     # The cache goes by place, since transformers renames it: past_key_values, cache from 5.24 on.
@@ -417,8 +405,7 @@ def sample_groups(
     Nothing but the end tokens is taken from the model's generation_config, whose temperature and
     penalties would make a group's responses alike. Vision tokens are never drawn. generator: on the
     model's device. Returns per prompt a list of group_size LongTensors (<= max_new_tokens,), cut
-    after the first end token. One that is cut at max_new_tokens has none, and is rewarded and
-    trained as it stands. top_p < 1 changes what is drawn, not what group_logps scores."""
+    after the first end token; one cut at max_new_tokens has none, and is trained as it stands."""
     if not prompts:
         raise ValueError("no prompts to sample from")
     device, training = model.device, model.training
@@ -530,10 +517,9 @@ def group_row(model, prompt, responses):
 def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
     """log pi(o_t | q, I, o_<t) of every token of G responses to one prompt, in one forward pass.
 
-    prompt: from encode_prompt (with the masked image it gives pi_mask). responses: G LongTensors
-    (<= T,). Returns logps (G, T) fp32, 0 on padding; response_mask (G, T) float; and with_entropy
-    the entropy (G, T), in nats. Gradient flows if enabled. Raises ValueError for no or an empty
-    response, one that holds a vision token, or a model whose attention takes no mask of our own."""
+    responses: G LongTensors (<= T,). Returns logps (G, T) fp32, 0 on padding; response_mask (G, T)
+    float; and with_entropy the entropy (G, T), in nats. Gradient flows if enabled. ValueError for
+    an empty response or none, for one with a vision token, for attention that takes no mask."""
     if not len(responses) or any(len(o) == 0 for o in responses):
         raise ValueError("group_logps needs at least one response, each of at least one token")
     targets = torch.cat(list(responses)).to(model.device)  # (N,) all response tokens
@@ -545,8 +531,7 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
     hidden = model.model(**inputs).last_hidden_state[0, predictor]  # (N, H)
     head = model.get_output_embeddings()
     logps, entropy = token_logps(hidden, targets, head, temperature, with_entropy)  # (N,), (N,)
-    lengths = [len(o) for o in responses]
-    pad = lambda flat: pad_sequence(flat.split(lengths), batch_first=True)  # (N,) -> (G, T)
+    pad = lambda x: pad_sequence(x.split([len(o) for o in responses]), True)  # (N,) -> (G, T)
     scored = pad(logps), pad(torch.ones_like(logps))  # (G, T), (G, T)
     return (*scored, pad(entropy)) if with_entropy else scored
 
@@ -604,8 +589,8 @@ def roll_out(model, processor, config, rows, generator, reward=compute_reward):
     """Fill a rollout batch with groups. rows: an iterator over data set rows that does not run dry.
     generator: on the CPU. reward: see compute_reward.
 
-    With dynamic_sampling (DAPO, PAPO-D) only mixed groups are kept and the missing ones redrawn, at
-    most max_redraws times; then the batch stays short. Returns the groups and how many redraws."""
+    With dynamic_sampling (DAPO) only mixed groups are kept and the missing ones redrawn, at most
+    max_redraws times; then the batch stays short. Returns the groups and the number of redraws."""
     # Two generators of their own, so that masking moves no sample.
     seeds = torch.randint(2**62, (2,), generator=generator).tolist()
     sampling = torch.Generator(model.device).manual_seed(seeds[0])
@@ -638,8 +623,8 @@ def split_batch(config, groups) -> list[list[Group]]:
 
 
 def split_group(config, prompt, responses) -> list[slice]:
-    """Cut a group's responses into runs, each of which fits into a row of tokens_per_forward
-    together with the prompt. A response too long for that is a run of its own."""
+    """Cut a group's responses into runs that fit into rows of tokens_per_forward with the prompt.
+    A response too long for that is a run of its own."""
     budget = config.tokens_per_forward - prompt["input_ids"].shape[1]
     starts, used = [0], 0
     for i, response in enumerate(responses):
@@ -654,9 +639,8 @@ def split_group(config, prompt, responses) -> list[slice]:
 def score_constants(model, reference, config, groups):
     """Store what the updates hold constant in the groups: log pi_ref if beta > 0, and log pi_old
     for all but the first update's groups (there pi_old is pi_theta and the ratio exactly 1).
-
-    reference: called without arguments it gives a context manager around the reference model:
-    `lambda: nullcontext(frozen_copy)`, or one that switches a LoRA adapter off."""
+    reference() gives a context manager around the reference model: nullcontext(frozen_copy), or one
+    that switches a LoRA adapter off."""
 
     def score(model, group):
         parts = split_group(config, group.prompt, group.responses)
@@ -674,8 +658,7 @@ def score_constants(model, reference, config, groups):
 
 
 def papo_step(model, optimizer, config, groups, objective=papo_loss):
-    """One optimizer update on some groups of a rollout batch. Returns metrics: those of papo_loss,
-    grad_norm, skipped (0 or 1).
+    """One optimizer update on some groups. Returns papo_loss's metrics, grad_norm, skipped (0, 1).
 
     objective: called and returning as papo_loss does, all by keyword but the config, on the
     responses of one pass (a group or a part of it); what was not scored is None. Your own may
@@ -741,8 +724,6 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
 
 
 # ---- Appendix A. The recipe and its presets ([1] Table 6) ----------------------------------------
-
-
 def option(default, help):
     """A dataclass field that is also a command-line flag with this help text."""
     return field(default=default, metadata={"help": help})
@@ -750,9 +731,8 @@ def option(default, help):
 
 @dataclass
 class PAPOConfig:
-    """Every number of the recipe. The defaults are the published PAPO-G 3B model's (Table 6 of [1]
-    and its scripts), but for top_p, which is 0.99 there and in the presets. Raises ValueError,
-    naming the field, for a value outside its range."""
+    """Every number of the recipe, by default the published PAPO-G 3B model's, but for top_p, which
+    is 0.99 there and in the presets. ValueError, naming the field, for what is out of range."""
 
     gamma: float = option(0.02, "weight of the perception KL; 0 is GRPO; typical 0.005 to 0.02")
     beta: float = option(0.01, "weight of the KL to the starting policy; typical 0 to 0.04")
@@ -762,7 +742,7 @@ class PAPOConfig:
     clip_high: float = option(0.3, "a ratio above 1 + clip_high earns no more; typical 0.2 to 0.3")
     clip_dual: float = option(3.0, "for A < 0 the loss is at most clip_dual |A|; inf turns it off")
     aggregation: Literal["sequence", "token"] = option(
-        "sequence", "sequence = mean of per-response means (Eq. 2), token = one mean (Eq. 3)"
+        "sequence", "over tokens: mean of per-response means (Eq. 2), or one mean over all (Eq. 3)"
     )
     gated: bool = option(
         False,
@@ -823,8 +803,7 @@ class PAPOConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "PAPOConfig":
-        """A published recipe (Table 6 and 8 of [1]) with `changes` on top. Raises ValueError for an
-        unknown name."""
+        """A published recipe (Table 6 and 8 of [1]) with `changes` on top."""
         dapo = dict(beta=0.0, clip_high=0.28, aggregation="token", dynamic_sampling=True)
         presets = {
             "papo-g-3b": dict(gamma=0.02),
@@ -842,8 +821,7 @@ class PAPOConfig:
 
 
 def check_shapes(**named):
-    """name=(tensor, "B T"): every tensor has those dimensions, and a letter means one size
-    throughout. ValueError, naming tensor and dimension, if not."""
+    """name=(tensor, "B T"): ValueError unless a letter means one size throughout."""
     sizes = {}  # letter -> (size, name of the tensor it was first seen on)
     for name, (tensor, letters) in named.items():
         letters = letters.split()
@@ -864,10 +842,8 @@ Prompt = dict  # a processor's tensors for one question: input_ids (1, P), pixel
 
 def fit_image(processor, image):
     """Resize an image to what the vision tower will see: nearly its shape, both sides multiples of
-    patch x merge, an area within the processor's bounds. A second call changes nothing.
-
-    image: PIL, or a path, URL or data URL. Returns a new RGB image. Raises ValueError for an image
-    more than 200 times longer than wide."""
+    patch x merge, an area within the processor's bounds. A second call changes nothing. image: PIL,
+    path, URL or data URL. Returns a new RGB image. ValueError if its sides differ 200 times."""
     image = to_rgb(load_image(image) if isinstance(image, str) else image)
     settings = processor.image_processor
     unit = settings.patch_size * settings.merge_size
@@ -901,15 +877,13 @@ def chat_messages(question: str, images: int = 1) -> list[dict]:
 
 def encode_prompt(processor, question: str, image) -> Prompt:
     """One question about one image, or a list of them, as the model reads it, ending where the
-    assistant's answer begins.
-
-    Returns a mapping: input_ids (1, P), pixel_values (patches, channels x time x patch^2),
-    image_grid_thw (images, 3), ... Raises ValueError as chat_messages and fit_image do."""
+    assistant's answer begins. Returns a mapping: input_ids (1, P), pixel_values (patches, channels
+    x time x patch^2), image_grid_thw (images, 3), ... ValueError as chat_messages and fit_image."""
     images = image if isinstance(image, (list, tuple)) else [image]
-    messages = chat_messages(question, len(images))
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    fitted = [fit_image(processor, image) for image in images]
-    return processor(text=[text], images=fitted, do_resize=False, return_tensors="pt")
+    images = [fit_image(processor, image) for image in images]
+    chat = chat_messages(question, len(images))
+    text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return processor(text=[text], images=images, do_resize=False, return_tensors="pt")
 
 
 def vision_token_ids(model) -> list[int]:

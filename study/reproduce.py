@@ -53,7 +53,7 @@ from tqdm import tqdm
 import toy
 import train_small as ts
 from papo import papo_loss
-from report import save_picture
+from program.report import save_picture
 from study.methods import OBJECTIVES
 
 QUESTIONS, WARM_START = 96, toy.WarmStart()

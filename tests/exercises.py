@@ -1,6 +1,7 @@
 """The graders of walkthrough.ipynb. `check(name, answer)` says what was given and what was expected.
 
-A check is a function whose docstring says what must hold; it raises Wrong with the first that does not."""
+A check is a function whose docstring says what must hold; it raises Wrong with the first that does
+not."""
 
 import math
 import sys
@@ -9,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import tensor
 
-sys.path[:0] = [
-    str(folder)
-    for folder in (Path(__file__).parent, Path(__file__).parent.parent)
-    if str(folder) not in sys.path
-]
+folders = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+sys.path[:0] = [folder for folder in folders if folder not in sys.path]
 
 from papo import PAPOConfig, papo_loss
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 class Wrong(Exception):
@@ -55,32 +58,25 @@ def expect(what, given, expected, rtol=1e-4, atol=1e-6):
         raise Wrong(f"{what}: you gave {show(given)}, expected {show(expected)}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 0. A prediction
-# ------------------------------------------------------------------------------------------------------------
+# --- 0. A prediction ------------------------------------------------------------------------------
 
 
 def prediction_holds(answer):
     """Advantages of a group sum to 0 and have standard deviation 1"""
-    choices = (("right", "wrong"), ("grows", "shrinks"))
-    given = answer()
-    require(
-        isinstance(given, tuple) and len(given) == 2 and all(g in c for g, c in zip(given, choices)),
-        f"you gave {given!r}, expected one word of each: {choices}",
+    choices, given = (("right", "wrong"), ("grows", "shrinks")), answer()
+    valid = (
+        isinstance(given, tuple)
+        and len(given) == 2
+        and all(map(tuple.__contains__, choices, given))
     )
-    require(
-        given[0] == "right",
-        "further from 0: you gave 'wrong', expected 'right': advantages sum to 0, and 3 balance 5",
-    )
-    require(
-        given[1] == "shrinks",
-        "a fourth right one: you gave 'grows', expected 'shrinks': being right is then less of a surprise",
-    )
+    require(valid, f"you gave {given!r}, expected one word of each: {choices}")
+    words = "you gave 'wrong', expected 'right': advantages sum to 0, and 3 balance 5"
+    require(given[0] == "right", f"further from 0: {words}")
+    words = "you gave 'grows', expected 'shrinks': being right is then less of a surprise"
+    require(given[1] == "shrinks", f"a fourth right one: {words}")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 1 to 4. Functions that papo.py has: values by plain arithmetic
-# ------------------------------------------------------------------------------------------------------------
+# --- 1 to 4. Functions that papo.py has: values by plain arithmetic -------------------------------
 
 
 def standardised(rewards):
@@ -92,16 +88,18 @@ def standardised(rewards):
 
 def advantages_have_their_value(advantages):
     """Each reward minus the mean, over the unbiased standard deviation (G - 1) plus eps"""
-    for rewards in ([1.0] + [0.1] * 7, [0.9, 0.1, 1.0, 0.0], [1.0, 0.0], [3.0, -2.0, 10.0, 4.0, 4.0]):
-        expect(f"rewards {rewards}", advantages(torch.tensor(rewards)), standardised(rewards))
+    groups = [1.0] + [0.1] * 7, [0.9, 0.1, 1.0, 0.0], [1.0, 0.0], [3.0, -2.0, 10.0, 4.0, 4.0]
+    for rewards in groups:
+        expect(f"rewards {rewards}", advantages(tensor(rewards)), standardised(rewards))
     tiny = [0.0, 1e-6, 2e-6]
-    expect(f"rewards {tiny}, where eps counts", advantages(torch.tensor(tiny)), standardised(tiny), rtol=1e-2)
+    what = f"rewards {tiny}, where eps counts"
+    expect(what, advantages(tensor(tiny)), standardised(tiny), rtol=1e-2)
 
 
 def advantages_per_group(advantages):
     """Several groups at once, (n, G) -> (n, G), each on its own"""
     rewards = [[1.0, 0.0, 0.5], [10.0, 30.0, 20.0]]
-    expect(f"rewards {rewards}", advantages(torch.tensor(rewards)), [standardised(r) for r in rewards])
+    expect(f"rewards {rewards}", advantages(tensor(rewards)), list(map(standardised, rewards)))
 
 
 def equal_groups_teach_nothing(advantages):
@@ -124,93 +122,88 @@ def clip_has_its_value(clipped_loss):
     for low, high, dual in ((0.2, 0.3, 3.0), (0.1, 0.5, 2.0), (0.2, 0.2, math.inf)):
         for A in (2.0, 1.0, -0.5, -1.0):
             for ratio in (0.3, 0.75, 0.95, 1.0, 1.1, 1.4, 2.5, 7.0):
-                given = clipped_loss(
-                    torch.tensor([[math.log(ratio)]]), torch.zeros(1, 1), torch.tensor([A]), low, high, dual
-                )
+                inputs = tensor([[math.log(ratio)]]), torch.zeros(1, 1), tensor([A])
+                given = clipped_loss(*inputs, low, high, dual)
                 what = f"ratio {ratio}, A {A:g}, eps_l {low}, eps_h {high}, c {dual:g}"
                 expect(what, given, [[loss_by_hand(ratio, A, low, high, dual)]])
 
 
 def clip_takes_a_batch(clipped_loss):
-    """(B, T) log-probs and (B,) advantages give (B, T): each response has one advantage for all its tokens"""
-    logps = torch.tensor([[-1.0, -2.0, -0.5], [-0.3, -1.5, -3.0]])
-    old_logps = torch.tensor([[-1.2, -1.0, -0.5], [-1.3, -1.5, -2.0]])
+    """(B, T) log-probs and (B,) advantages give (B, T): one advantage for all tokens of a
+    response"""
+    logps = tensor([[-1.0, -2.0, -0.5], [-0.3, -1.5, -3.0]])
+    old_logps = tensor([[-1.2, -1.0, -0.5], [-1.3, -1.5, -2.0]])
     expected = [
         [loss_by_hand(math.exp(a - b), A, 0.2, 0.3, 3.0) for a, b in zip(*rows)]
         for A, *rows in zip((1.5, -1.0), logps.tolist(), old_logps.tolist())
     ]
-    expect(
-        "two responses", clipped_loss(logps, old_logps, torch.tensor([1.5, -1.0]), 0.2, 0.3, 3.0), expected
-    )
+    given = clipped_loss(logps, old_logps, tensor([1.5, -1.0]), 0.2, 0.3, 3.0)
+    expect("two responses", given, expected)
 
 
 def cells(before, after, size):
-    """A boolean grid: which cells went black. Wrong where a cell is neither black nor untouched."""
+    """A boolean grid: which cells went black. Wrong where one is neither black nor untouched."""
     before, after = np.asarray(before.convert("RGB")), np.asarray(after)
-    grid = []
-    for y in range(0, before.shape[0], size):
-        grid.append([])
-        for x in range(0, before.shape[1], size):
-            old, new = before[y : y + size, x : x + size], after[y : y + size, x : x + size]
-            share = (new == 0).all(-1).mean()
-            words = (
-                f"the cell at pixel ({x}, {y}): you blacked out {share:.0%} of it, expected all or nothing"
-            )
-            require(share == 1 or (old == new).all(), words)
-            grid[-1].append(share == 1)
-    return np.array(grid)
+    ys, xs = (np.arange(0, side, size) for side in before.shape[:2])
+    count = lambda pixels: np.add.reduceat(np.add.reduceat(pixels.astype(int), ys, 0), xs, 1)
+    black, changed = (after == 0).all(-1), (after != before).any(-1)
+    share = count(black) / count(np.ones_like(black))
+    for y, x in np.argwhere((share < 1) & (count(changed) > 0))[:1]:
+        words = f"you blacked out {share[y, x]:.0%} of it, expected all or nothing"
+        raise Wrong(f"the cell at pixel ({x * size}, {y * size}): {words}")
+    return share == 1
 
 
 def draw_masks(mask, ratio, count=200, width=75, height=50, size=14):
     """The grids of several masks of one noisy image, from one generator."""
     pixels = np.random.default_rng(0).integers(30, 256, (height, width, 3), dtype=np.uint8)
-    image, generator = Image.fromarray(pixels), torch.Generator().manual_seed(0)
+    image, generator = Image.fromarray(pixels), seeded(0)
     return np.array([cells(image, mask(image, ratio, size, generator), size) for _ in range(count)])
 
 
 def masks_make_a_new_image(mask):
-    """A new RGB image of the same size, whatever the mode of the given one, which stays as it was"""
+    """A new RGB image of the same size, whatever the mode of the given one, which stays as it
+    was"""
     for mode in ("RGB", "L", "RGBA"):
         image = grey(width=75, height=50).convert(mode)
         before = image.tobytes()
-        masked = mask(image, 0.5, 14, torch.Generator().manual_seed(0))
-        given = f"{mode} image of 75 x 50: you gave {masked.mode} of {masked.size[0]} x {masked.size[1]}"
-        require((masked.size, masked.mode) == ((75, 50), "RGB"), f"{given}, expected RGB of 75 x 50")
+        masked = mask(image, 0.5, 14, seeded(0))
+        given = f"you gave {masked.mode} of {masked.size[0]} x {masked.size[1]}"
+        given = f"{mode} image of 75 x 50: {given}"
+        good = (masked.size, masked.mode) == ((75, 50), "RGB")
+        require(good, f"{given}, expected RGB of 75 x 50")
         require(image.tobytes() == before, f"{mode} image: the given image was changed")
 
 
 def masks_have_their_ratio(mask):
-    """Each cell is black with probability `ratio`, those cut by the edge too: 1 blacks out everything"""
+    """Each cell is black with probability `ratio`, those cut by the edge too: 1 blacks out
+    everything"""
     for ratio in (0.0, 0.3, 0.6, 1.0):
         shares = draw_masks(mask, ratio).mean(0)  # of each cell over 200 masks
         for place in ((0, 0), (1, 2), (shares.shape[0] - 1, shares.shape[1] - 1)):
-            words = (
-                f"ratio {ratio}, cell {place} of {shares.shape}: you blacked it out in {shares[place]:.0%}"
-            )
-            require(
-                abs(shares[place] - ratio) <= 4.5 * math.sqrt(ratio * (1 - ratio) / 200),
-                f"{words} of 200 masks, expected about {ratio:.0%}",
-            )
+            near = abs(shares[place] - ratio) <= 4.5 * math.sqrt(ratio * (1 - ratio) / 200)
+            words = f"ratio {ratio}, cell {place} of {shares.shape}: you blacked it out in"
+            words = f"{words} {shares[place]:.0%} of 200 masks, expected about {ratio:.0%}"
+            require(near, words)
 
 
 def masks_are_coin_flips(mask):
     """Cells are independent: how many go black varies from mask to mask as for coin flips"""
     counts = draw_masks(mask, 0.5).sum((1, 2))  # of 24 cells
     spread, expected = counts.std(), math.sqrt(24 * 0.25)
-    words = f"24 cells, ratio 0.5: the number of black cells has a standard deviation of {spread:.2f}"
+    words = f"24 cells, ratio 0.5: their number has a standard deviation of {spread:.2f}"
     require(0.75 * expected < spread < 1.25 * expected, f"{words}, expected about {expected:.2f}")
 
 
 def masks_come_from_the_generator(mask):
-    """The same generator seed gives the same mask, another another; torch's own generator is not used"""
-    draw = lambda seed: mask(grey(), 0.5, 14, torch.Generator().manual_seed(seed)).tobytes()
+    """The same generator seed gives the same mask, another another; torch's own generator is not
+    used"""
+    draw = lambda seed: mask(grey(), 0.5, 14, seeded(seed)).tobytes()
     state = torch.get_rng_state()
-    require(draw(1) == draw(1), "generator seed 1 twice: you gave two different masks, expected the same")
+    require(draw(1) == draw(1), "generator seed 1 twice: you gave two masks, expected the same")
     require(draw(1) != draw(2), "generator seeds 1 and 2: you gave the same mask, expected two")
-    require(
-        torch.equal(torch.get_rng_state(), state),
-        "you drew from torch's global generator, expected the given",
-    )
+    words = "you drew from torch's global generator, expected the given"
+    require(torch.equal(torch.get_rng_state(), state), words)
 
 
 def k3_by_hand(log_x):
@@ -221,59 +214,64 @@ def k3_by_hand(log_x):
 def k3_has_its_value(k3):
     """x - log x - 1 with x = pi_other / pi, in [0, 10]"""
     for log_x in (-3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0):
-        given = k3(torch.tensor([[-1.0]]), torch.tensor([[-1.0 + log_x]]))
+        given = k3(tensor([[-1.0]]), tensor([[-1.0 + log_x]]))
         expect(f"log pi -1, log pi_other {-1 + log_x:g}", given, [[k3_by_hand(log_x)]])
 
 
 def k3_is_clamped(k3):
     """The log-ratio is clamped to +-20 and the value to 10"""
     for log_x, value in ((3.0, 10.0), (50.0, 10.0), (-8.0, math.expm1(-8.0) + 8), (-50.0, 10.0)):
-        given = k3(torch.tensor([[-1.0]]), torch.tensor([[-1.0 + log_x]]))
+        given = k3(tensor([[-1.0]]), tensor([[-1.0 + log_x]]))
         expect(f"log x = {log_x:g}", given, [[value]])
 
 
 def k3_sees_small_differences(k3):
-    """Nearly equal policies: in fp32 exp(x) - 1 drowns a small x in rounding, torch.expm1 does not"""
+    """Nearly equal policies: in fp32 exp(x) - 1 drowns a small x in rounding, torch.expm1 does
+    not"""
     for log_x in (1e-3, -1e-3, 1e-4, -3e-4):
-        given = k3(torch.zeros(1, 1), torch.tensor([[log_x]]))
-        expect(f"log x = {log_x:g}, in fp32", given, [[log_x**2 / 2 + log_x**3 / 6]], rtol=0.02, atol=0)
+        given = k3(torch.zeros(1, 1), tensor([[log_x]]))
+        expected = [[log_x**2 / 2 + log_x**3 / 6]]
+        expect(f"log x = {log_x:g}, in fp32", given, expected, rtol=0.02, atol=0)
 
 
 def k3_has_its_gradient(k3):
     """Its derivative in log pi is 1 - x"""
     for log_x in (-2.0, -0.5, 0.7, 1.5):
         logps = torch.zeros(1, 1, requires_grad=True)
-        (given,) = torch.autograd.grad(k3(logps, torch.tensor([[log_x]])).sum(), logps)
+        (given,) = torch.autograd.grad(k3(logps, tensor([[log_x]])).sum(), logps)
         expect(f"log x = {log_x:g}, derivative in log pi", given, [[1 - math.exp(log_x)]])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5 to 9. Functions that papo.py does not have
-# ------------------------------------------------------------------------------------------------------------
+# --- 5 to 9. Functions that papo.py does not have -------------------------------------------------
 
 
 def grey(value=128, width=70, height=56):
     return Image.new("RGB", (width, height), (value,) * 3)
 
 
+def noise_of(noise_image, value, sigma, seed):
+    """What noise_image adds to an image of one grey value."""
+    return np.asarray(noise_image(grey(value), sigma, seeded(seed))).astype(float) - value
+
+
 def noise_keeps_the_shape(noise_image):
     """The result is a new RGB image of the same size, and the given image stays as it was"""
     image = grey().convert("L")
     before = image.tobytes()
-    noisy = noise_image(image, 0.3, torch.Generator().manual_seed(0))
-    given = f"a grey-scale image of 70 x 56: you gave {noisy.mode} of {noisy.size[0]} x {noisy.size[1]}"
-    require((noisy.size, noisy.mode) == (image.size, "RGB"), f"{given}, expected RGB of 70 x 56")
+    noisy = noise_image(image, 0.3, seeded(0))
+    given = f"you gave {noisy.mode} of {noisy.size[0]} x {noisy.size[1]}, expected RGB of 70 x 56"
+    good = (noisy.size, noisy.mode) == (image.size, "RGB")
+    require(good, f"a grey-scale image of 70 x 56: {given}")
     require(image.tobytes() == before, "the given image was changed")
 
 
 def noise_has_its_strength(noise_image):
     """On mid-grey the noise has mean 0 and standard deviation sigma * 255"""
     for sigma in (0.0, 0.05, 0.15):
-        change = np.asarray(noise_image(grey(), sigma, torch.Generator().manual_seed(1))).astype(float) - 128
+        change = noise_of(noise_image, 128, sigma, 1)
         mean, spread = change.mean(), change.std()
-        require(
-            abs(mean) < 1 + 3 * sigma, f"sigma {sigma}: your noise has a mean of {mean:.1f}, expected about 0"
-        )
+        words = f"sigma {sigma}: your noise has a mean of {mean:.1f}, expected about 0"
+        require(abs(mean) < 1 + 3 * sigma, words)
         words = f"sigma {sigma}: your noise has a standard deviation of {spread:.1f}"
         require(abs(spread - 255 * sigma) < 1, f"{words}, expected {255 * sigma:.1f}")
 
@@ -281,38 +279,32 @@ def noise_has_its_strength(noise_image):
 def noise_does_not_wrap(noise_image):
     """Values stay within 0 and 255: a white pixel cannot turn black by running over"""
     for value in (0, 255):
-        noisy = np.asarray(noise_image(grey(value), 0.1, torch.Generator().manual_seed(2))).astype(float)
-        most = np.abs(noisy - value).max()
+        most = np.abs(noise_of(noise_image, value, 0.1, 2)).max()
         words = f"pixels of {value}, sigma * 255 = 25.5: your largest change is {most:.0f}"
         require(10 < most < 200, f"{words}, expected between 10 and 200")
 
 
 def noise_is_independent(noise_image):
     """Each pixel and each colour channel gets noise of its own, drawn from the generator"""
-    draw = lambda seed: (
-        np.asarray(noise_image(grey(), 0.1, torch.Generator().manual_seed(seed))).astype(float) - 128
-    )
-    noise = draw(3)
+    noise, again, other = (noise_of(noise_image, 128, 0.1, seed) for seed in (3, 3, 4))
     for axis, what in enumerate(("rows", "columns", "channels")):
-        words = f"your noise repeats along the {what}: it varies by {noise.std(axis=axis).mean():.1f} there"
-        require(noise.std(axis=axis).mean() > 10, f"{words}, expected about 25.5")
-    require((draw(3) == noise).all(), "generator seed 3 twice: you gave two images, expected the same")
-    require((draw(4) != noise).any(), "generator seeds 3 and 4: you gave the same image, expected two")
+        spread = noise.std(axis=axis).mean()
+        words = f"your noise repeats along the {what}: it varies by {spread:.1f} there"
+        require(spread > 10, f"{words}, expected about 25.5")
+    require((again == noise).all(), "seed 3 twice: you gave two images, expected the same")
+    require((other != noise).any(), "seeds 3 and 4: you gave the same image, expected two")
 
 
 def distributions(seed=0, B=1, T=2, V=4):
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda: (2 * torch.randn(B, T, V, generator=generator, dtype=torch.float64)).log_softmax(
-        -1
-    )  # (B, T, V)
-    return draw(), draw()
+    logits = 2 * torch.randn(2, B, T, V, generator=seeded(seed), dtype=torch.float64)
+    return tuple(logits.log_softmax(-1))  # (B, T, V), (B, T, V)
 
 
 def kl_has_its_value(exact_kl):
-    """At each position the value is the sum over the vocabulary of pi (log pi - log pi_mask), shape (B, T)"""
+    """Each position's value is the sum over the vocabulary of pi (log pi - log pi_mask), (B, T)"""
     log_pi, log_mask = distributions()
-    Categorical = torch.distributions.Categorical
-    expected = torch.distributions.kl_divergence(Categorical(logits=log_pi), Categorical(logits=log_mask))
+    both = [torch.distributions.Categorical(logits=logits) for logits in (log_pi, log_mask)]
+    expected = torch.distributions.kl_divergence(*both)
     what = f"pi {show(log_pi.exp())}, pi_mask {show(log_mask.exp())}"
     expect(what, exact_kl(log_pi, log_mask), expected)
 
@@ -334,13 +326,15 @@ def kl_holds_the_mask_constant(exact_kl):
         expect("gradient in log pi_mask", log_mask.grad, torch.zeros_like(log_mask))
 
 
-GAPS = torch.tensor([[2.0, -2.0, 0.1, 0.0], [0.4, 0.0, 0.6, 0.2]])  # log pi - log pi_mask of two responses
+# log pi - log pi_mask of two responses
+GAPS = tensor([[2.0, -2.0, 0.1, 0.0], [0.4, 0.0, 0.6, 0.2]])
 
 
 def token_tensors():
     """entropy, logps, masked_logps, each (2, 4), with the gaps above."""
-    masked_logps = torch.tensor([[-3.0, -0.2, -1.0, -0.5], [-2.0, -0.1, -1.5, -0.7]])
-    return torch.tensor([[1.1, 1.2, 1.3, 1.4], [1.5, 1.6, 1.7, 1.8]]), masked_logps + GAPS, masked_logps
+    masked_logps = tensor([[-3.0, -0.2, -1.0, -0.5], [-2.0, -0.1, -1.5, -0.7]])
+    entropy = tensor([[1.1, 1.2, 1.3, 1.4], [1.5, 1.6, 1.7, 1.8]])
+    return entropy, masked_logps + GAPS, masked_logps
 
 
 def tokens_are_chosen(vision_entropy):
@@ -348,11 +342,13 @@ def tokens_are_chosen(vision_entropy):
     entropy, logps, masked_logps = token_tensors()
     for threshold in (0.5, 0.3):
         what = f"threshold {threshold}, gaps {show(GAPS)}, entropies {show(entropy)}"
-        expect(what, vision_entropy(entropy, logps, masked_logps, threshold), entropy * (GAPS > threshold))
+        given = vision_entropy(entropy, logps, masked_logps, threshold)
+        expect(what, given, entropy * (GAPS > threshold))
 
 
 def only_entropy_gets_gradient(vision_entropy):
-    """In papo_loss with eta1 = 1 the gradient reaches the chosen entropies, nothing through the choice"""
+    """In papo_loss with eta1 = 1 the gradient reaches the chosen entropies, nothing through the
+    choice"""
     entropy, logps, masked_logps = (x.clone().requires_grad_() for x in token_tensors())
     bonus = vision_entropy(entropy, logps, masked_logps, 0.5)
     zeros, ones = torch.zeros(2, 4), torch.ones(2, 4)
@@ -367,67 +363,65 @@ def only_entropy_gets_gradient(vision_entropy):
 
 
 def padding_stays_out(vision_entropy):
-    """Where both log-probs are equal, as on padding, nothing is chosen, even if the entropy there is nan"""
-    given = vision_entropy(
-        torch.tensor([[1.0, float("nan")]]), torch.tensor([[-0.1, 0.0]]), torch.tensor([[-3.0, 0.0]]), 0.5
-    )
+    """Where log-probs are equal, as on padding, nothing is chosen, even if the entropy there is
+    nan"""
+    inputs = tensor([[1.0, math.nan]]), tensor([[-0.1, 0.0]]), tensor([[-3.0, 0.0]])
+    given = vision_entropy(*inputs, 0.5)
     expect("gaps [2.9, 0], entropies [1, nan]", given, [[1.0, 0.0]])
 
 
 def baseline_leaves_one_out(leave_one_out):
     """A_i is R_i minus the mean of the OTHER rewards"""
-    expect("rewards [1, 0, 0, 0]", leave_one_out(torch.tensor([1.0, 0, 0, 0])), [1, -1 / 3, -1 / 3, -1 / 3])
-    expect("rewards [3, 1]", leave_one_out(torch.tensor([3.0, 1.0])), [2.0, -2.0])
+    for rewards, expected in (([1.0, 0, 0, 0], [1] + [-1 / 3] * 3), ([3.0, 1], [2, -2])):
+        expect(f"rewards {rewards}", leave_one_out(tensor(rewards)), expected)
 
 
 def baseline_keeps_the_scale(leave_one_out):
-    """Nothing divides by the standard deviation: ten times the rewards give ten times the advantages"""
-    expect("rewards [10, 0, 0]", leave_one_out(torch.tensor([10.0, 0, 0])), [10, -5, -5])
+    """Nothing divides by the standard deviation: ten times the rewards give ten times the
+    advantages"""
+    expect("rewards [10, 0, 0]", leave_one_out(tensor([10.0, 0, 0])), [10, -5, -5])
 
 
 def baseline_per_group(leave_one_out):
-    """Several groups at once, (n, G) -> (n, G), each on its own; a group of equal rewards gives 0"""
+    """Several groups at once, (n, G) -> (n, G), each on its own; a group of equal rewards gives
+    0"""
     rewards = [[1.0, 0, 0], [0.1, 0.1, 0.1], [0, 1, 1]]
     expected = [[1, -0.5, -0.5], [0, 0, 0], [-1, 0.5, 0.5]]
-    expect(f"rewards {rewards}", leave_one_out(torch.tensor(rewards)), expected)
+    expect(f"rewards {rewards}", leave_one_out(tensor(rewards)), expected)
 
 
 def weights_are_weights(kl_weights):
-    """One finite weight of 0 or more per token, (B, T); over all kinds of tokens not all of them 0"""
-    generator = torch.Generator().manual_seed(0)
+    """One finite weight of 0 or more per token, (B, T); over all kinds of tokens not all of them
+    0"""
+    generator = seeded(0)
     masked_logps = -0.5 - 5 * torch.rand(20, 6, generator=generator)  # (B, T)
     gaps = (5 * torch.randn(20, 6, generator=generator)).clamp(max=-masked_logps - 0.01)  # (B, T)
     gaps[:, -1] = 0  # a token that owes nothing to the image
-    weights = kl_weights(masked_logps + gaps, masked_logps, 3 * torch.rand(20, 6, generator=generator))
+    entropy = 3 * torch.rand(20, 6, generator=generator)
+    weights = kl_weights(masked_logps + gaps, masked_logps, entropy)
     weights = torch.as_tensor(weights, dtype=torch.float32)
-    require(
-        weights.shape == (20, 6),
-        f"20 responses of 6 tokens: you gave shape {tuple(weights.shape)}, expected (20, 6)",
-    )
+    words = f"you gave shape {tuple(weights.shape)}, expected (20, 6)"
+    require(weights.shape == (20, 6), f"20 responses of 6 tokens: {words}")
+    words = "you gave a weight that is not finite, expected a number for every token"
+    require(weights.isfinite().all(), words)
     smallest = weights.min().item()
-    require(
-        weights.isfinite().all(), "you gave a weight that is not finite, expected a number for every token"
-    )
     require(smallest >= 0, f"your smallest weight is {smallest:.4g}, expected 0 or more")
-    require(weights.sum() > 0, "you gave 0 for all of 120 different tokens: that switches the term off")
+    words = "you gave 0 for all of 120 different tokens: that switches the term off"
+    require(weights.sum() > 0, words)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# What is graded by what
-# ------------------------------------------------------------------------------------------------------------
+# --- What is graded by what -----------------------------------------------------------------------
+
 
 EXERCISES = {
     "prediction": [prediction_holds],
     "advantages": [advantages_have_their_value, advantages_per_group, equal_groups_teach_nothing],
     "clip": [clip_has_its_value, clip_takes_a_batch],
-    "mask": [
-        masks_make_a_new_image,
-        masks_have_their_ratio,
-        masks_are_coin_flips,
-        masks_come_from_the_generator,
-    ],
+    "mask": [masks_make_a_new_image, masks_have_their_ratio, masks_are_coin_flips]
+    + [masks_come_from_the_generator],
     "k3": [k3_has_its_value, k3_is_clamped, k3_sees_small_differences, k3_has_its_gradient],
-    "noise": [noise_keeps_the_shape, noise_has_its_strength, noise_does_not_wrap, noise_is_independent],
+    "noise": [noise_keeps_the_shape, noise_has_its_strength, noise_does_not_wrap]
+    + [noise_is_independent],
     "exact KL": [kl_has_its_value, kl_descends_itself, kl_holds_the_mask_constant],
     "vision entropy": [tokens_are_chosen, only_entropy_gets_gradient, padding_stays_out],
     "leave one out": [baseline_leaves_one_out, baseline_keeps_the_scale, baseline_per_group],
@@ -440,7 +434,8 @@ class NotSolved(Exception):
 
 
 def check(name, answer):
-    """Grade an answer to exercise `name` and print the verdict. True: solved, False: wrong, None: not yet."""
+    """Grade an answer to exercise `name`, print the verdict. True: solved, False: wrong, None: not
+    yet."""
 
     def solved(*inputs, **settings):
         given = answer(*inputs, **settings) if callable(answer) else answer

@@ -1,4 +1,5 @@
-"""The architecture of Qwen2.5-VL-3B at random weights: does one whole step fit, and how long does it take? `pytest -m big -s`"""
+"""The architecture of Qwen2.5-VL-3B at random weights: does one whole step fit, and how long does
+it take? `pytest -m big -s`"""
 
 import time
 
@@ -50,37 +51,33 @@ def published_3b(processor, dtype=torch.bfloat16):
         vision_end_token_id=ids["<|vision_end|>"],
     )
     torch.manual_seed(0)
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation="sdpa")
+    return Qwen2_5_VLForConditionalGeneration._from_config(
+        config, dtype=dtype, attn_implementation="sdpa"
+    )
 
 
 @pytest.mark.big
 def test_one_step_of_a_3b_with_lora_fits_in_20_gib():
-    """Sample 16 tokens for G = 4, reward, reference and masked pass, update: every phase of Trainer.step, on the CPU."""
+    """Sample 16 tokens for G = 4, reward, reference and masked pass, update: every phase of
+    Trainer.step, on the CPU."""
     torch.set_num_threads(2)
     processor, start = make_processor("qwen2_5_vl"), time.perf_counter()
     model = published_3b(processor)
     assert 3.7e9 < sum(p.numel() for p in model.parameters()) < 3.8e9
     print(f"\nmodel made in {time.perf_counter() - start:.0f} s")
-    config = papo.PAPOConfig(
-        group_size=4, prompts_per_batch=1, updates_per_batch=1, max_new_tokens=16, learning_rate=1e-3
-    )
-    trainer = ts.Trainer(
-        model,
-        processor,
-        config,
-        ts.RunConfig(model="3b", lora=16, precision="bf16"),
-        [{"images": [picture(0, 140, 112)], "problem": "What is shown here?", "answer": "7"}],
-    )
+    sizes = dict(group_size=4, prompts_per_batch=1, updates_per_batch=1, max_new_tokens=16)
+    config = papo.PAPOConfig(**sizes, learning_rate=1e-3)
+    run = ts.RunConfig(model="3b", lora=16, precision="bf16")
+    rows = [{"images": [picture(0, 140, 112)], "problem": "What is shown here?", "answer": "7"}]
+    trainer = ts.Trainer(model, processor, config, run, rows)
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     metrics = trainer.step()
     for phase, seconds in trainer.seconds.items():
         print(f"{phase}: {seconds:.0f} s, peak {trainer.memory[phase]:.1f} GiB")
     print(metrics)
-    assert (
-        metrics["skipped"] == 0
-        and metrics["grad_norm"] > 0
-        and metrics["kl_prcp"] > 0
-        and metrics["response_tokens"] == 16
+    assert metrics["skipped"] == 0 and metrics["response_tokens"] == 16
+    assert metrics["grad_norm"] > 0 and metrics["kl_prcp"] > 0
+    assert any(
+        not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad
     )
-    assert any(not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad)
     assert max(trainer.memory.values()) < 20

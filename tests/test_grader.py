@@ -91,9 +91,6 @@ def nothing_is_remembered():
     grader.same_answer.cache_clear()
 
 
-# --- verdicts -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("table, same", [(ACCEPT, True), (REJECT, False)], ids=["same", "not"])
 def test_what_means_the_same_and_what_does_not(table, same):
     assert len(table) > 90 and [pair for pair in table if answers_match(*pair) != same] == []
@@ -165,8 +162,6 @@ def test_random_numbers_are_exact():
         assert not answers_match(f"{a}." + "0" * 29 + "1", str(a))
 
 
-# --- hostile answers ----------------------------------------------------------------------------
-
 SHORT = 0.4  # seconds
 
 
@@ -206,9 +201,6 @@ def test_rules_are_quick_and_never_raise():
         assert grader.same_by_rule(given, expected) in (True, False, None)
         grader.parse_number(given)
         assert time.perf_counter() - start < 0.5
-
-
-# --- the child ----------------------------------------------------------------------------------
 
 
 def grading_child() -> psutil.Process:

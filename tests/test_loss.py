@@ -1,6 +1,5 @@
-"""Advantages, the terms of the loss, the objective (paper Eq. 2 and 3) and the recipe, against
-numbers worked by hand, numpy in float64, finite differences, and the enumeration of a small
-categorical."""
+"""Advantages, terms, objective (paper Eq. 2 and 3) and recipe, against numbers worked by hand, numpy
+in float64, finite differences, and the enumeration of a small categorical."""
 
 import doctest
 import inspect
@@ -28,9 +27,6 @@ def close(a, b, tolerance=1e-10):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# --- group_advantages ---------------------------------------------------------------------------
-
-
 def test_group_advantages_by_hand_and_numpy():
     """A = (R - mean) / (std + eps), std unbiased, each group on its own, any batch dimensions."""
     close(group_advantages([1, 0, 0, 0]), torch.tensor([1.5, -0.5, -0.5, -0.5]), 1e-5)
@@ -42,6 +38,9 @@ def test_group_advantages_by_hand_and_numpy():
     expected = (rewards - rewards.mean(-1, keepdims=True)) / (std + 1e-6)
     np.testing.assert_allclose(result.numpy(), expected, atol=1e-5)
     assert result.shape == (2, 3, 7) and result.dtype == torch.float32
+    for alone in (1.0, [1.0], [[1.0], [0.0]]):
+        with pytest.raises(ValueError, match="G >= 2"):
+            group_advantages(alone)
 
 
 def test_a_group_of_equal_rewards_is_exactly_zero():
@@ -51,15 +50,6 @@ def test_a_group_of_equal_rewards_is_exactly_zero():
         other = value + 1 + abs(value)
         both = group_advantages([[value] * G, [value] * (G - 1) + [other]])
         assert (both[0] == 0).all() and (both[1] != 0).all(), (G, value)
-
-
-@pytest.mark.parametrize("rewards", [1.0, [1.0], [[1.0], [0.0]]])
-def test_a_group_needs_two(rewards):
-    with pytest.raises(ValueError, match="G >= 2"):
-        group_advantages(rewards)
-
-
-# --- clipped_policy_loss and kl_k3 --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,8 +181,6 @@ def test_sampled_entropy_has_no_expected_gradient_and_the_exact_one_has():
     close(exact, gradient(entropy_of))
     assert exact.abs().max() > 0.1
 
-
-# --- aggregate ----------------------------------------------------------------------------------
 
 B, T, LENGTHS = 4, 5, [5, 1, 3, 2]
 MASK = (torch.arange(T) < torch.tensor(LENGTHS)[:, None]).double()  # (B, T)
@@ -364,8 +352,7 @@ def test_padding_is_inert_in_every_term(masked_grad, aggregation, exact, padding
     "name, needs", [("masked_logps", "gamma"), ("masked_logps", "eta2"), ("ref_logps", "beta")]
 )
 def test_missing_inputs_are_refused_only_when_needed(name, needs, gated):
-    """A term with a weight needs its input; one without does not, and what was not measured is no
-    metric."""
+    """A term with a weight needs its input; one without does not, and has no metric."""
     inputs, config = random_inputs(), PAPOConfig(gamma=0, beta=0, gated=gated)
     for missing in ("masked_logps", "masked_entropy", "ref_logps"):
         del inputs[missing]
@@ -403,9 +390,6 @@ def test_the_terms_check_their_own_shapes(term):
         TERMS[term](torch.zeros(2, 3), torch.zeros(2, 1))
     with pytest.raises(ValueError, match="sequence or token"):
         aggregate(torch.ones(1, 1), torch.ones(1, 1), "mean")
-
-
-# --- gated --------------------------------------------------------------------------------------
 
 
 def test_perception_gate_by_hand():
@@ -508,9 +492,6 @@ def test_preset_changes_and_unknown_names():
     ):
         with pytest.raises(ValueError, match=words):
             PAPOConfig.preset(name, gamma=gamma)
-
-
-# --- the header ---------------------------------------------------------------------------------
 
 
 def test_glossary_names_exist():

@@ -1,4 +1,4 @@
-"""report.py: what a run leaves behind, as a reader finds it."""
+"""program/report.py: what a run leaves behind, as a reader finds it."""
 
 import re
 import subprocess
@@ -10,20 +10,14 @@ import transformers
 from conftest import picture
 
 import papo
-import report
 import toy
 import train_small as ts
+from program import report
 
 
 def look(problem="<image>How many?", answer="3", tokens=(("three", 1.0),), **more):
     """One question as look_closely gives it."""
-    response = {
-        "tokens": list(tokens),
-        "misread": (),
-        "score": {"reward": 0.0},
-        "advantage": 0.0,
-        "error": None,
-    }
+    response = dict(tokens=list(tokens), misread=(), error=None, score={"reward": 0.0}, advantage=0)
     row = {"problem": problem, "answer": answer}
     return {"row": row, "image": picture(1), "masked": picture(2), "responses": [response | more]}
 
@@ -42,13 +36,16 @@ def test_text_from_a_model_is_escaped(tmp_path):
 
 
 def test_samples_say_what_ran_and_what_each_token_owes(tmp_path):
-    """The run's name and settings, a number that needs no hovering under every shaded token, no <image>."""
+    """The run's name and settings, a number that needs no hovering under every shaded token, no
+    <image>."""
     tokens = [("I see ", 0.04), ("0", 0.14), ("7", 1.26), ("\n", 0.5), ("x\n", -2.0)]
     text = page(tmp_path, look(tokens=tokens), plan={"algorithm": "papo-g, gamma 0.02"})
     assert "<h1>a run" in text and "<th>algorithm<td>papo-g, gamma 0.02" in text
     assert "image>" not in text and "image&gt;" not in text
     body = text.split("<section>")[1]
-    assert re.findall(r"<small>(.*?)</small>", body) == ["+0.1", "+1.3", "-2.0"] * 2  # before and after
+    assert (
+        re.findall(r"<small>(.*?)</small>", body) == ["+0.1", "+1.3", "-2.0"] * 2
+    )  # before and after
     scale = text.split("<section>")[0]
     assert re.findall(r"<small>(.*?)</small>", scale) == [f"{n:+d}.0" for n in range(-4, 5) if n]
     shades = [float(a) for a in re.findall(r"/ ([\d.]+)\)", scale.split("<p>")[-1])]
@@ -78,20 +75,24 @@ def test_digits_that_the_picture_does_not_show_are_marked(text, wrong, tmp_path)
 
 
 def card(model=None, dataset=None, **changes):
-    config, run = (
-        papo.PAPOConfig(**changes),
-        ts.RunConfig(model=model, dataset=dataset, out="/some/where/run"),
-    )
+    config = papo.PAPOConfig(**changes)
+    run = ts.RunConfig(model=model, dataset=dataset, out="/some/where/run")
     before = {"accuracy": 0.12345, "pass@8": 0.5, "accuracy_masked": 0.1, "error_perception": 0.25}
-    return report.model_card(config, run, 40, before, before | {"accuracy": 0.9})
+    steps = zip((0, 40), (before, before | {"accuracy": 0.9}))
+    history = [{"step": n, **{f"eval_{k}": x for k, x in seen.items()}} for n, seen in steps]
+    return report.model_card(config, run, [*history, {"step": 43}])
 
 
 def test_the_card_is_in_words():
     text = card()
-    assert "| accuracy (avg@8) | 12.3 | 90.0 |" in text and "| right at least once (pass@8) | 50.0 |" in text
+    assert (
+        "| accuracy (avg@8) | 12.3 | 90.0 |" in text
+        and "| right at least once (pass@8) | 50.0 |" in text
+    )
     assert "| perception errors | 25.0 | 25.0 |" in text and "error_perception" not in text
     assert all(f"| {word} |" in text for word in papo.PAPOConfig.__dataclass_fields__)
     assert "accuracy_before_percent: 12.3\n" in text and "/some/where" not in text
+    assert "steps: 43\n" in text and "$" not in text
     assert "MIT" in text and "## Limits" in text and f"torch {torch.__version__}" in text
     rows = [line for line in text.split("## Settings")[1].splitlines() if line.startswith("|")]
     assert all(len(re.split(r"(?<!\\)\|", row)) == 5 for row in rows)
@@ -111,7 +112,10 @@ def test_metadata_names_only_what_is_on_a_hub(tmp_path):
     assert "base_model" not in text and "datasets:" not in text and str(tmp_path) not in text
     assert "on model\n" in text and "`data.parquet`" in text
     text = card("Qwen/Qwen2.5-VL-3B-Instruct", "hiyouga/geometry3k")
-    assert 'base_model: "Qwen/Qwen2.5-VL-3B-Instruct"' in text and 'datasets: ["hiyouga/geometry3k"]' in text
+    assert (
+        'base_model: "Qwen/Qwen2.5-VL-3B-Instruct"' in text
+        and 'datasets: ["hiyouga/geometry3k"]' in text
+    )
 
 
 def test_versions_name_the_commit_and_whether_files_differ(tmp_path, monkeypatch):
@@ -119,18 +123,14 @@ def test_versions_name_the_commit_and_whether_files_differ(tmp_path, monkeypatch
 
     def git(*words):
         command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
-        return subprocess.run(
-            command, cwd=tmp_path, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        how = dict(cwd=tmp_path, check=True, capture_output=True, text=True)
+        return subprocess.run(command, **how).stdout.strip()
 
     monkeypatch.setattr(report, "__file__", str(tmp_path / "report.py"))
     ask = report.versions.__wrapped__
     (tmp_path / "report.py").touch()
-    assert ask() == {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+    found = dict(python=sys.version.split()[0], torch=torch.__version__)
+    assert ask() == found | dict(transformers=transformers.__version__)
     git("init")
     git("add", ".")
     git("commit", "-m", "all")
@@ -147,7 +147,10 @@ def test_curves_have_the_accuracy_from_0_to_1_and_the_legends_outside(tmp_path, 
     history = [{"step": i, "eval_accuracy": 0.4, "reward": 0.5, "kl_prcp": 0.1} for i in range(4)]
     report.plot_curves(tmp_path / "c.png", history, "papo-g, gamma 0.02, seed 0")
     (figure,) = figures
-    assert figure.get_suptitle() == "papo-g, gamma 0.02, seed 0" and figure.axes[0].get_ylim() == (0, 1)
+    assert figure.get_suptitle() == "papo-g, gamma 0.02, seed 0" and figure.axes[0].get_ylim() == (
+        0,
+        1,
+    )
     for axis in figure.axes:
         if legend := axis.get_legend():
             assert legend.get_window_extent().y1 <= axis.get_window_extent().y0

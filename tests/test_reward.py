@@ -25,14 +25,13 @@ RELEASED_FORMAT = re.compile(r"<think>.*</think>.*\\boxed\{.*\}.*", re.DOTALL)
     ],
 )
 def test_reward_weights(response, weight, reward, accuracy, follows):
-    result = compute_reward(response, "4", format_weight=weight)
+    result = compute_reward(response, "4", **({} if weight == 0.1 else {"format_weight": weight}))
     assert result == {"reward": pytest.approx(reward), "accuracy": accuracy, "format": follows}
     assert all(type(value) is float for value in result.values())
 
 
-def test_defaults_and_missing_boxes():
-    """The released grader reads a missing box as the answer "None"."""
-    assert compute_reward(r"\boxed{4}", "4") == compute_reward(r"\boxed{4}", "4", 0.1)
+def test_a_missing_box_is_no_answer():
+    """The released grader reads it as the answer "None"."""
     assert compute_reward("", "None")["reward"] == 0.0
 
 

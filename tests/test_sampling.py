@@ -3,6 +3,7 @@ else."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from conftest import SPECIAL_TOKENS, shift_logits, two_prompts
 from torch.nn.utils.rnn import pad_sequence
@@ -178,6 +179,8 @@ def test_sampling_stops_when_all_have_ended(one_vlm, monkeypatch):
     groups = sample(model, processor, 2, 50)
     hook.remove()
     assert [len(o) for o in flat(groups)] == [1, 2, 3, 4] and sizes == [2, 3, 2, 1]
+    with pytest.raises(ValueError, match="no prompts"):
+        sample(model, processor, 2, 8, prompts=[])
 
 
 def test_sampling_with_image_features(vlm):
@@ -189,23 +192,17 @@ def test_sampling_with_image_features(vlm):
 
 
 def test_training_mode_and_checkpointing(vlm):
-    """Under train() a gradient-checkpointed layer drops its KV cache: sampling happens in eval()
-    and then restores the mode."""
+    """Under train() there may be dropout, and no KV cache in a gradient-checkpointed layer: sampling
+    happens in eval() and then restores the mode."""
     model, processor = vlm
+    drop = lambda head, inputs, logits: F.dropout(logits, 0.9, training=head.training)
+    model.get_output_embeddings().register_forward_hook(drop)
     expected = flat(sample(model, processor, 2, 8))
     assert not model.training
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     assert flat(sample(model, processor, 2, 8)) == expected
     assert model.training and model.model.training
-
-
-def test_no_prompts(one_vlm):
-    with pytest.raises(ValueError, match="no prompts"):
-        sample(*one_vlm, 2, 8, prompts=[])
-
-
-# --- one token ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -237,7 +234,12 @@ def test_sample_token_rows_are_independent():
         assert sample_token(logits, **options).tolist() == [7, 0, 3, 8]
 
 
-def test_top_p_keeps_the_smallest_set_that_has_the_mass():
-    """Half the mass is on one token: at top_p = 0.5 that token alone is it, as in transformers."""
+def test_the_edges_of_the_mass(monkeypatch):
+    """Half the mass is on one token: at top_p = 0.5 that token alone is the smallest set that has it,
+    as in transformers. A random number of exactly 0 draws no token of probability 0."""
     logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(2000, 3)
     assert not sample_token(logits, 1.0, 0.5, torch.Generator().manual_seed(0)).any()
+    monkeypatch.setattr(
+        torch, "rand", lambda *shape, generator, **kind: torch.zeros(*shape, **kind)
+    )
+    assert sample_token(torch.tensor([[-torch.inf, 0.0, 0.0]])).tolist() == [1]

@@ -1,5 +1,4 @@
-"""group_logps: a group scored as one row equals each response scored alone by the model's
-forward."""
+"""group_logps: a group scored as one row equals each response scored alone by stock code."""
 
 import pytest
 import torch
@@ -167,9 +166,6 @@ def test_attention_kinds(vlm, monkeypatch):
     monkeypatch.setattr(model.config, "_attn_implementation_internal", "flash_attention_2")
     with pytest.raises(ValueError, match="flash_attention_2"):
         group_logps(model, prompt, responses)
-
-
-# --- the head -----------------------------------------------------------------------------------
 
 
 def head_inputs(N=23, H=8, V=50):

@@ -1,5 +1,4 @@
-"""One step: rollouts, constants, update. The accumulated gradient is that of one big batch scored
-the stock way."""
+"""One step: rollouts, constants, update. Gradients are those of one big batch scored as usual."""
 
 import copy
 import itertools
@@ -149,17 +148,6 @@ def test_the_masked_pass_keeps_a_graph_only_if_needed(one_vlm, monkeypatch, mask
     assert seen == [(False, True, True), (True, graph, graph)]
 
 
-def test_a_step_moves_the_weights_and_lowers_the_loss(one_vlm):
-    """The sign of it all: a small plain gradient step lowers its own loss, by about lr |g|^2."""
-    model, processor = one_vlm
-    groups = make_groups(model, processor)
-    config = PAPOConfig(**WEIGHTS, masked_grad="full", max_grad_norm=inf)
-    metrics = papo_step(model, torch.optim.SGD(model.parameters(), lr=1e-5), config, groups)
-    with torch.no_grad():
-        drop = metrics["loss"] - whole_batch(model.eval(), config, groups)[1]["loss"]
-    assert drop == pytest.approx(1e-5 * metrics["grad_norm"] ** 2, rel=0.3)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), inf])
 def test_a_gradient_that_is_not_finite_is_skipped(one_vlm, bad):
     """Weights and optimizer state stay as they are, bit for bit; the next step is a usual one."""
@@ -185,7 +173,8 @@ def test_an_objective_of_ones_own(one_vlm):
     has the gradient of papo_loss with the others' advantages at zero. What nobody scored is
     None."""
     model, processor = one_vlm
-    groups, config, seen = make_groups(model, processor), PAPOConfig(**WEIGHTS), []
+    config = PAPOConfig(**WEIGHTS, tokens_per_forward=1)  # one response a pass
+    groups, seen = make_groups(model, processor), []
 
     def only_right(config, advantages, rewards, **rest):
         seen.append(rest)
@@ -199,19 +188,14 @@ def test_an_objective_of_ones_own(one_vlm):
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
     logps = {"logps", "old_logps", "ref_logps", "masked_logps"}
     assert seen[0].keys() == logps | {"response_mask", "entropy", "masked_entropy"}
-    assert torch.equal(seen[0]["old_logps"], groups[0].old_logps)
-    assert torch.equal(seen[0]["ref_logps"], groups[0].ref_logps)
+    given = lambda name: torch.equal(seen[1][name], getattr(groups[0], name)[1:2, :2])
+    assert given("old_logps") and given("ref_logps")
     for group in groups:
         group.masked_prompt = group.ref_logps = None
     config = PAPOConfig(gamma=0, beta=0, entropy_estimate="sampled")
     recorded_step(model, config, groups, objective=only_right)
     missing = {name for name, x in seen[-1].items() if x is None}
     assert missing == {"ref_logps", "masked_logps", "entropy", "masked_entropy"}
-
-
-def test_no_groups(one_vlm):
-    with pytest.raises(ValueError, match="at least one group"):
-        papo_step(one_vlm[0], None, PAPOConfig(), [])
 
 
 def test_score_constants(one_vlm):
@@ -237,9 +221,6 @@ def test_score_constants(one_vlm):
     assert all(group.ref_logps is None and group.old_logps is None for group in groups)
 
 
-# --- splitting ----------------------------------------------------------------------------------
-
-
 def test_split_group_covers_once_in_order_within_budget():
     """Runs of responses, each with the prompt within tokens_per_forward, or a single response; none
     could take in the next."""
@@ -260,9 +241,9 @@ def test_split_batch_covers_once_in_order():
         parts = split_batch(PAPOConfig(updates_per_batch=updates), list(range(n)))
         assert sum(parts, []) == list(range(n)) and len(parts) == min(n, updates) and all(parts)
         assert not parts or max(map(len, parts)) - min(map(len, parts)) <= 1
+    with pytest.raises(ValueError, match="at least one group"):
+        papo_step(None, None, PAPOConfig(), [])
 
-
-# --- rollouts -----------------------------------------------------------------------------------
 
 ROWS = [dict(images=[picture(k, 84, 56)], problem=f"What is {k}?", answer="7") for k in range(3)]
 SMALL = dict(group_size=2, max_new_tokens=4, prompts_per_batch=3, updates_per_batch=1)
