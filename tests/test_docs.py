@@ -1,6 +1,7 @@
 """The pages are about this code: what they quote is there, what they show runs, links lead
 somewhere, and the first page keeps to its size."""
 
+import csv
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,3 +82,22 @@ def test_what_a_page_points_to_is_there(page):
         assert f"def {name}(" in tests, name
     for name in set(re.findall(r"\btest_\w+\.py", text)):
         assert (ROOT / "tests" / name).exists(), name
+
+
+def test_every_interval_is_the_studys():
+    """x ± y on the first page and in the study stands in a line of arms.csv, there with one more
+    digit."""
+    known, pairs = [], [("mean", "half_interval"), ("relative", "relative_half_interval")]
+    with open(ROOT / "study" / "arms.csv") as file:
+        for row in csv.DictReader(file):
+            for names in (*pairs, ("minus_baseline", "minus_half_interval")):
+                known += (
+                    [[float(row[name]) for name in names]]
+                    if row[names[1]] not in ("", "nan")
+                    else []
+                )
+    known = torch.tensor(known)  # (intervals, 2)
+    for page in (README, (ROOT / "study" / "README.md").read_text()):
+        for said in re.findall(r"([+-]?\d+\.\d) ± (\d+\.\d)", page):
+            apart = (known - torch.tensor([float(x) for x in said])).abs().amax(1).min()
+            assert apart < 0.0501, said
