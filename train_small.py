@@ -220,6 +220,7 @@ class Trainer:
         self.model, self.processor, self.config, self.run = model, processor, config, run
         self.objective, self.reward = papo.papo_loss, compute_reward
         self.rows, self.steps_done = RowStream(rows, run.seed), 0
+        self.data = getattr(rows, "fingerprint", str)()  # "" of the embedded world
         self.generator = torch.Generator().manual_seed(run.seed)
         self.seconds, self.memory, self.adapter = Counter(), {}, None
         if run.freeze_vision:
@@ -310,8 +311,9 @@ class Trainer:
         texts["run.json"] = json.dumps(record, allow_nan=False)
         if self.adapter and not run.merge:  # to be told if what is loaded is another base
             texts["base.json"] = json.dumps({"weights": self.base})
-        state = {"step": self.steps_done, "rows": self.rows.count, "adapter": adapter}
-        state |= {"generator": self.generator.get_state(), "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.steps_done, "rows": self.rows.count, "data": self.data}
+        state |= {"adapter": adapter, "generator": self.generator.get_state()}
+        state["optimizer"] = self.optimizer.state_dict()
         runs.save_checkpoint(folder, [model, self.processor], texts, state)
 
     def load(self, folder):
@@ -326,6 +328,8 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # missing, cut off, or of another model
             raise UserError(f"--resume: {folder} cannot be loaded: {error!r}") from None
+        if (before := state["data"]) != self.data:
+            raise UserError(f"--resume: {folder} is of {before}, --dataset has now {self.data}")
         self.generator.set_state(state["generator"])
         self.steps_done, self.rows.count = state["step"], state["rows"]
 

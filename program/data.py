@@ -1,12 +1,10 @@
-"""Rows of real data sets as both trainers read them: {images: [at least one], problem, answer}.
-
-A row that cannot be used is skipped and counted by its reason; none is cut to fit.
-"""
+"""Rows of real data sets as both trainers read them: {images: [at least one], problem, answer}. One
+that cannot be used is skipped and counted by its reason; none is cut to fit."""
 
 import base64
+import hashlib
 import io
 import os
-import string
 import threading
 from collections import Counter
 from contextlib import suppress
@@ -49,26 +47,21 @@ class DataConfig:
     max_prompt_tokens: int = option(4096, "rows with a longer prompt are skipped (published)")
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, str) and not value.strip():
-                raise ValueError(f"--{name.replace('_', '-')} is empty")
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, flag = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
+            if isinstance(value, str) and not value.strip():
+                raise ValueError(f"{flag} is empty")
             if field.type is int and field.default != 0 and value is not None and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
-        for field in fields(DataConfig) if not self.dataset else ():
-            if field.name != "eval_size" and getattr(self, field.name) != field.default:
-                raise ValueError(f"--{field.name.replace('_', '-')} needs --dataset")
+            own = field.name in DataConfig.__dataclass_fields__ and field.name != "eval_size"
+            if own and not self.dataset and value != field.default:
+                raise ValueError(f"{flag} needs --dataset")
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
 
     @property
     def columns(self):
         return self.image_column, self.problem_column, self.answer_column
-
-
-def dtype_of(dataset, column):
-    return getattr(dataset.features.get(column), "dtype", "")
 
 
 def open_dataset(run):
@@ -92,22 +85,22 @@ def open_dataset(run):
             ask_hub(name)
             dataset = datasets.load_dataset(name, split=run.split)
         answer = run.answer_column
-        if builder == "json" and dtype_of(dataset, answer).startswith("timestamp"):
-            how = dict(lines=".jsonl" in name.lower(), dtype=False)
-            written = pandas.read_json(name, **how)[answer].tolist()  # text, not its meaning
-            dataset = dataset.remove_columns(answer).add_column(answer, written)
+        dates = getattr(dataset.features.get(answer), "dtype", "").startswith("timestamp")
+        if dates and builder == "json":  # made of texts that look like dates
+            written = pandas.read_json(name, lines=".jsonl" in name.lower(), dtype=False)[answer]
+            dataset = dataset.remove_columns(answer).add_column(answer, written.tolist())
     except Exception as error:
         raise cannot_load("--dataset", name, error) from None
     if missing := [column for column in run.columns if column not in dataset.column_names]:
         has = ", ".join(dataset.column_names)
         raise UserError(f"--dataset {name} has no column {missing[0]}; it has {has}")
-    dataset = dataset.select_columns(list(run.columns))
-    return dataset.select(range(min(len(dataset), run.max_samples or len(dataset))))
+    first = range(min(len(dataset), run.max_samples or len(dataset)))
+    return dataset.select_columns(list(run.columns)).select(first)
 
 
 def fetch(url):
     """What lies at a URL (http, https, data, file). ValueError if it is not had within a time."""
-    got, address = [], quote(url, safe=string.punctuation)
+    got, address = [], quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
     def download():  # in a thread, for urlopen's time limit begins anew with every byte
         with suppress(Exception), urlopen(address, timeout=FETCH_SECONDS) as file:
@@ -152,11 +145,11 @@ def as_seen(image):
     return to_rgb(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
-def answer_text(answer, dataset, column):
+def answer_text(answer, feature):
     """The answer as it was written. ValueError with the reason if there is none."""
-    if isinstance(label := dataset.features[column], datasets.ClassLabel):
-        answer = None if answer is None or answer < 0 else label.int2str(answer)
-    if (dtype := dtype_of(dataset, column)) in ("float16", "float32"):
+    if isinstance(feature, datasets.ClassLabel):
+        answer = None if answer is None or answer < 0 else feature.int2str(answer)
+    elif (dtype := getattr(feature, "dtype", None)) in ("float16", "float32"):
         answer = numpy.dtype(dtype).type(answer)  # 0.1, not 0.10000000149011612
     if answer is None or answer != answer or not str(answer).strip():  # NaN: a missing number
         raise ValueError("empty answer")
@@ -181,7 +174,7 @@ def read_row(dataset, index, run, processor):
         raise ValueError("no image")
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError("problem is no text")
-    answer = answer_text(answer, dataset, run.answer_column)
+    answer = answer_text(answer, dataset.features[run.answer_column])
     if any(max(image.size) > 200 * min(image.size) for image in images):
         raise ValueError("image more than 200 times longer than wide")
     images = [fit_image(processor, image) for image in images]
@@ -203,18 +196,22 @@ class Rows:
         self.dataset, self.run, self.processor, self.indices = dataset, run, processor, indices
         self.skipped = {}
 
+    def fingerprint(self):
+        """Tells one data set from another, by all questions and answers: "64 rows, 1f3a..."."""
+        texts = [self.dataset[column][:] for column in self.run.columns[1:]]
+        return f"{len(self.dataset)} rows, {hashlib.sha256(repr(texts).encode()).hexdigest()[:12]}"
+
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        if i not in self.skipped:  # a dead server is waited for once
+        if i not in self.skipped:
             try:
                 return read_row(self.dataset, self.indices[i], self.run, self.processor)
             except ValueError as error:
-                reason = str(error)
-            if reason not in self.skipped.values():
-                tqdm.write(f"skipping row {self.indices[i]}: {reason}")
-            self.skipped[i] = reason
+                if str(error) not in self.skipped.values():
+                    tqdm.write(f"skipping row {self.indices[i]}: {error}")
+                self.skipped[i] = str(error)  # for good: a dead server is waited for once
         raise Unusable(f"row {self.indices[i]}: {self.skipped[i]}")
 
 
