@@ -9,10 +9,8 @@ import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from numbers import Number
 from pathlib import Path
-from urllib.parse import quote
-from urllib.request import urlopen
+from urllib import parse, request
 
 import datasets
 import numpy
@@ -47,6 +45,7 @@ class DataConfig:
     max_prompt_tokens: int = option(4096, "rows with a longer prompt are skipped (published)")
 
     def __post_init__(self):
+        self.columns = self.image_column, self.problem_column, self.answer_column
         for field in fields(self):
             value, flag = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
             if isinstance(value, str) and not value.strip():
@@ -58,10 +57,6 @@ class DataConfig:
                 raise ValueError(f"{flag} needs --dataset")
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
-
-    @property
-    def columns(self):
-        return self.image_column, self.problem_column, self.answer_column
 
 
 def open_dataset(run):
@@ -78,8 +73,8 @@ def open_dataset(run):
     try:
         if saved:
             dataset = datasets.load_from_disk(name)
-        elif is_file:  # in a CSV, None and NA are words as any
-            how = dict(keep_default_na=False) if builder == "csv" else {}
+        elif is_file:
+            how = {"keep_default_na": False} if builder == "csv" else {}  # None is a word as any
             dataset = datasets.load_dataset(builder, data_files=name, split="train", **how)
         else:
             ask_hub(name)
@@ -100,10 +95,10 @@ def open_dataset(run):
 
 def fetch(url):
     """What lies at a URL (http, https, data, file). ValueError if it is not had within a time."""
-    got, address = [], quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+    got, address = [], parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
     def download():  # in a thread, for urlopen's time limit begins anew with every byte
-        with suppress(Exception), urlopen(address, timeout=FETCH_SECONDS) as file:
+        with suppress(Exception), request.urlopen(address, timeout=FETCH_SECONDS) as file:
             got.append(file.read(2**28))  # bytes at most: a camera's stream has no end
 
     thread = threading.Thread(target=download, daemon=True)
@@ -127,17 +122,16 @@ def open_image(image, folder):
         image = base64.b64decode("".join(image.split()), validate=True)
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(bytes(image)))
-    image.load()
+    image.load()  # which turns a TIFF; the others are turned by as_seen
     return image
 
 
 def as_seen(image):
     """A PIL image as a person sees it, in RGB: upright, on white where it is transparent, and with
     its whole range of grey. ValueError where that range is anyone's guess."""
-    is_pgm, image = image.format == "PPM", ImageOps.exif_transpose(image)
+    known, image = image.mode != "I" or image.format == "PPM", ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # grey of 16 or 32 bits, which Pillow would clip to 8
         grey, top = numpy.asarray(image, dtype=float), 1 if image.mode == "F" else 65535
-        known = image.mode != "I" or is_pgm
         if not known or not 0 <= grey.min() <= grey.max() <= top:
             raise ValueError("32-bit image of unknown range")
         grey = numpy.where(grey == image.info.get("transparency"), top, grey)
@@ -153,7 +147,7 @@ def answer_text(answer, feature):
         answer = numpy.dtype(dtype).type(answer)  # 0.1, not 0.10000000149011612
     if answer is None or answer != answer or not str(answer).strip():  # NaN: a missing number
         raise ValueError("empty answer")
-    if isinstance(answer, bool) or not isinstance(answer, (str, Number)):
+    if isinstance(answer, (bool, bytes)) or not numpy.isscalar(answer):
         raise ValueError("answer is no text or number")
     return str(answer).strip()
 
@@ -184,12 +178,8 @@ def read_row(dataset, index, run, processor):
     return {"images": images, "problem": problem, "answer": answer, "prompt": prompt}
 
 
-class Unusable(UserError):
-    """A row that read_row refuses."""
-
-
 class Rows:
-    """Rows of a data set, read when asked for. One that cannot be used raises Unusable; `skipped`
+    """Rows of a data set, read when asked for. One that cannot be used raises UserError; `skipped`
     keeps {place: reason}, and the first row of each reason is said at once."""
 
     def __init__(self, dataset, run, processor, indices):
@@ -212,7 +202,7 @@ class Rows:
                 if str(error) not in self.skipped.values():
                     tqdm.write(f"skipping row {self.indices[i]}: {error}")
                 self.skipped[i] = str(error)  # for good: a dead server is waited for once
-        raise Unusable(f"row {self.indices[i]}: {self.skipped[i]}")
+        raise UserError(f"row {self.indices[i]}: {self.skipped[i]}")
 
 
 def say_skipped(reasons):
@@ -236,7 +226,7 @@ class RowStream:
             self.count += 1
             try:
                 return self.rows[self.order[place]]
-            except Unusable:
+            except UserError:
                 if len(self.rows.skipped) == len(self.rows):
                     reasons = dict(Counter(self.rows.skipped.values()))
                     raise UserError(f"no row to train on is usable: {reasons}") from None
@@ -252,7 +242,7 @@ def load_rows(run, processor, training=True):
     with tqdm(total=wanted, desc="checking held-out rows", unit="row") as bar:
         while start > 0 and len(held_out) < wanted:
             start -= 1
-            with suppress(Unusable):
+            with suppress(UserError):
                 answer = rows[start]["answer"]
                 held_out.insert(0, start)
                 gradable = gradable or compute_reward(rf"\boxed{{{answer}}}", answer)["accuracy"]
@@ -262,7 +252,7 @@ def load_rows(run, processor, training=True):
         found = f"{len(held_out)} usable rows; skipped {dict(Counter(rows.skipped.values()))}"
         raise UserError(f"--dataset {run.dataset}: at least {1 + training} are needed, {found}")
     if not gradable:
-        tqdm.write(f"warning: no answer is right, as {answer!r} where {answer!r} is asked for")
+        tqdm.write(f"warning: no answer can be right, not even {answer!r} to {answer!r}")
     train = range(start)
     if start == 0 and training:  # so few are usable that all were seen
         end = len(held_out) - max(1, len(held_out) // 4)

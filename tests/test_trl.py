@@ -33,12 +33,16 @@ SIZES |= dict(max_grad_norm=1e9)
 LEARNING_RATE = 0.5
 
 
+def pictures(i):
+    return [picture(i, 60 + 20 * i, 90)] + [picture(9, 90, 70)] * (i == 1)
+
+
 def make_rows(processor):
-    """Six questions about images of different shapes, as papo_trl.fit_rows leaves them."""
-    image = lambda i: fit_image(processor, picture(i, 60 + 20 * i, 90))
-    rows = [
-        dict(images=[image(i)], problem=QUESTIONS[i % 2], answer=str(i), row=i) for i in range(6)
-    ]
+    """Six questions about images of different shapes, as papo_trl.fit_rows leaves them; the second
+    one is about two."""
+    fit = lambda i: [fit_image(processor, image) for image in pictures(i)]
+    problem = lambda i: "Is <image> more than <image>?" if i == 1 else QUESTIONS[i % 2]
+    rows = [dict(images=fit(i), problem=problem(i), answer=str(i), row=i) for i in range(6)]
     text, images = datasets.Value("string"), datasets.List(datasets.Image())
     columns = dict(images=images, problem=text, answer=text, row=datasets.Value("int64"))
     return datasets.Dataset.from_list(rows, features=datasets.Features(columns))
@@ -170,7 +174,7 @@ def papo_reference(trainer, rows, batch):
     columns = {name: [] for name in ("logps", "entropy", "masked_logps", "masked_entropy")}
     for start in range(0, len(rows), G):
         row = rows[start]
-        prompt = encode_prompt(trainer.processing_class, row["problem"], row["images"][0])
+        prompt = encode_prompt(trainer.processing_class, row["problem"], row["images"])
         masked = {**prompt, "pixel_values": batch["masked_pixels"][start]}
         responses = responses_of(batch)[start : start + G]
         for prefix, view in (("", prompt), ("masked_", masked)):
@@ -294,18 +298,20 @@ def test_prompts_and_pixels_are_encode_prompts(vlm, tmp_path, monkeypatch):
     monkeypatch.setattr(papo, "mask_patches", spy)
     trainer = make_trainer(tmp_path, PAPOConfig(**SIZES))
     rows, batch = sampled_batch(trainer)
-    assert len(masked_images) == 3  # one mask a group
-    assert patch_sizes == {
-        trainer.processing_class.image_processor.patch_size
-    }  # 14, and Qwen3-VL's 16
-    pixels = batch["pixel_values"].split(batch["image_grid_thw"].prod(1).tolist())
+    assert len(masked_images) == 4  # one mask an image, shared by its group
+    size = trainer.processing_class.image_processor.patch_size  # 14, and Qwen3-VL's 16
+    assert patch_sizes == {size}
+    masks = [masked_images[:1], masked_images[1:3], masked_images[3:]]
+    counts = [len(row["images"]) for row in rows]
+    patches = batch["image_grid_thw"].prod(1).split(counts)
+    pixels = batch["pixel_values"].split([int(n.sum()) for n in patches])
     for i, row in enumerate(rows):
-        original = picture(row["row"], 60 + 20 * row["row"], 90)  # not fitted yet
-        prompt = encode_prompt(trainer.processing_class, row["problem"], original)
+        originals = pictures(row["row"])  # not fitted yet
+        prompt = encode_prompt(trainer.processing_class, row["problem"], originals)
         ids = batch["prompt_ids"][i][batch["prompt_mask"][i].bool()]
         assert torch.equal(ids, prompt["input_ids"][0])
         assert torch.equal(pixels[i], prompt["pixel_values"])
-        masked = encode_prompt(trainer.processing_class, row["problem"], masked_images[i // 4])
+        masked = encode_prompt(trainer.processing_class, row["problem"], masks[i // 4])
         assert torch.equal(batch["masked_pixels"][i], masked["pixel_values"])
         assert not torch.equal(masked["pixel_values"], prompt["pixel_values"])
 
