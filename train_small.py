@@ -204,6 +204,14 @@ def summarise(groups):
     return summary
 
 
+def grounding(seen, masked):
+    """Share of the right answers that the picture decides: right with it and wrong without it,
+    over all right ones, a question's answers with and without it being drawn independently."""
+    right = lambda groups: [mean(score["accuracy"] for score in g.scores) for g in groups]
+    pairs = list(zip(right(seen), right(masked)))
+    return sum(p * (1 - q) for p, q in pairs) / max(sum(p for p, _ in pairs), 1e-9)
+
+
 # ---- 4. Training loop ----------------------------------------------------------------------------
 
 
@@ -290,9 +298,10 @@ class Trainer:
         """Held-out accuracy, also with the image masked, as entries of metrics.jsonl."""
         look = lambda m: evaluate(self.model, self.processor, self.config, rows, 0, m, self.reward)
         with self.phase("evaluate"):
-            seen, masked = summarise(look(False)), summarise(look(True))
-        seen["accuracy_masked"] = masked["accuracy"]
-        return {f"eval_{name}": value for name, value in seen.items()}
+            seen, masked = look(False), look(True)
+        found = {**summarise(seen), "accuracy_masked": summarise(masked)["accuracy"]}
+        found["grounding"] = grounding(seen, masked)
+        return {f"eval_{name}": value for name, value in found.items()}
 
     def save(self, folder, history):
         """A checkpoint: weights, processor, model card, trainer state, the settings and metrics so far."""
@@ -407,6 +416,7 @@ def evaluate_only(config, run):
     columns = {"image": summarise(seen), "masked": summarise(masked)}
     columns["gap"] = {k: v - columns["masked"][k] for k, v in columns["image"].items()}
     report.print_table(f"{len(rows)} questions, % of responses", columns)
+    print(f"{report.MEASURES['grounding']:36}{100 * grounding(seen, masked):8.1f}")
     print(f"\n{(out / 'eval.jsonl').resolve().as_uri()}")
 
 

@@ -32,6 +32,7 @@ MEASURES = {  # of an evaluation, in words
     "accuracy_medium": "accuracy, medium",
     "accuracy_high": "accuracy, high",
     "accuracy_masked": "accuracy, image masked",
+    "grounding": "right ones that the image decides",
     f"pass@{SAMPLES}": f"right at least once (pass@{SAMPLES})",
     **{f"error_{kind}": f"{kind} errors" for kind in toy.ERROR_TYPES},
 }

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,3 +157,12 @@ def test_curves_have_the_accuracy_from_0_to_1_and_the_legends_outside(tmp_path, 
             assert legend.get_window_extent().y1 <= axis.get_window_extent().y0
     monkeypatch.undo()
     plt.close(figure)
+
+
+def test_grounding_by_hand():
+    """Two questions: 6 of 8 right and 2 of 8 without the picture; 2 of 8 and 8 of 8. Of the 8 right
+    answers 6 x 3/4 + 2 x 0 = 4.5 are wrong without it. Nothing right: 0."""
+    group = lambda right: SimpleNamespace(scores=[{"accuracy": float(i < right)} for i in range(8)])
+    groups = lambda *rights: [group(right) for right in rights]
+    assert ts.grounding(groups(6, 2), groups(2, 8)) == pytest.approx(4.5 / 8)
+    assert ts.grounding(groups(0, 0), groups(2, 8)) == 0
