@@ -1,6 +1,7 @@
 """train_small.py: the program, on tiny model folders and local data sets of the published
 formats."""
 
+import io
 import json
 import os
 import random
@@ -323,10 +324,8 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
         "unreadable image": (["broken.png"], "?", "1"),
         "no image": ([], "?", "1"),
         "empty answer": (["three.png"], "?", " "),
-        "more than one image": (["three.png", "three.png"], "?", "1"),
         "prompt longer than 150 tokens": (["three.png"], "long " * 200, "1"),
         "problem is no text": (["three.png"], "", "1"),
-        "a question may hold one <image>, this one has 2": (["three.png"], "<image><image>", "1"),
     }
     good = (["three.png"], "How many?", "3"), (["three.png"], "How <image> many?", "3")
     rows = [dict(zip(names, row)) for row in (*good, *bad.values())]
@@ -347,15 +346,6 @@ def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys
         train, held_out = open_rows(one_folder, name, max_samples=5)
         answers = [rows[i]["answer"] for rows in (train, held_out) for i in range(len(rows))]
         assert len(held_out) == 1 and answers == whole["answer"][:5]
-
-
-@pytest.mark.parametrize("answer", [float("nan"), None, True, ["3"]])
-def test_an_answer_that_is_no_text_or_number_is_refused(answer, one_folder):
-    """NaN: a missing number, as pandas writes it."""
-    run = ts.RunConfig(model=one_folder, dataset="x", **SMALL)
-    row = dict(images=[dots(1)], problem="?", answer=answer)
-    with pytest.raises(ValueError, match="empty answer|answer is no text or number"):
-        data.read_row([row], 0, run, None)
 
 
 def test_a_bug_is_no_unusable_row(one_folder, parquet, monkeypatch):
@@ -419,8 +409,9 @@ def test_an_image_that_goes_missing_during_a_run_is_skipped(one_folder, files, t
 
 def test_an_image_at_an_address_is_asked_for_once(one_folder, tmp_path, monkeypatch):
     """A second request may fail. The image is kept as small as the vision tower sees it."""
-    asked, large = [], dots(5).resize((840, 840))
-    monkeypatch.setattr(data, "load_image", lambda url: (asked.append(url), large)[1])
+    asked, large = [], io.BytesIO()
+    dots(5).resize((840, 840)).save(large, "PNG")
+    monkeypatch.setattr(data, "fetch", lambda url: (asked.append(url), large.getvalue())[1])
     ask = lambda n: dict(images=f"http://x/{n}.png", problem="How many?", answer="5")
     rows, _ = open_rows(one_folder, write_rows(tmp_path / "rows.jsonl", map(ask, range(8))))
     config = papo.PAPOConfig(group_size=2, prompts_per_batch=4, max_new_tokens=2)
