@@ -347,7 +347,6 @@ def test_reward_is_compute_rewards(saved):
         (["--gamma", "-1"], "gamma must lie in"),
         (["--nonsense", "1"], "--nonsense"),
         (["--dataset", "x.jsonl"], "--dataset needs --model"),
-        (["--model", "x", "--dataset", "none.jsonl", "--group-size", "4"], "no such file"),
         (["--use_bias_correction_kl", "False"], "use_bias_correction_kl has no effect"),
     ],
 )
