@@ -304,7 +304,7 @@ class Trainer:
         return {f"eval_{name}": value for name, value in found.items()}
 
     def save(self, folder, history):
-        """A checkpoint: weights, processor, model card, trainer state, settings and metrics so far."""
+        """A checkpoint: weights, processor, model card, trainer state, settings, metrics so far."""
         # An adapter's own weights are small, and not rounded by a merge.
         adapter = peft.get_peft_model_state_dict(self.adapter) if self.adapter else None
         model, run = self.adapter or self.model, self.run
