@@ -1,8 +1,8 @@
-"""Train a Qwen vision-language model with PAPO on one machine: `python train_small.py --gamma 0.02`.
+"""Train a Qwen vision-language model with PAPO on one machine: `python train_small.py`.
 
 Without --model and --dataset it trains the embedded world of toy.py: a tiny Qwen2.5-VL that adds
-handwritten digits, on a CPU, offline, in minutes. With them, any Qwen2-VL, Qwen2.5-VL or Qwen3-VL on
-any data set of images, questions and answers. papo.py is the algorithm, program/ the rest.
+handwritten digits, on a CPU, offline, in minutes. With them, any Qwen2-VL, Qwen2.5-VL or Qwen3-VL
+on any data set of images, questions and answers. papo.py is the algorithm, program/ the rest.
 """
 
 import copy
@@ -305,7 +305,7 @@ class Trainer:
         return {f"eval_{name}": value for name, value in found.items()}
 
     def save(self, folder, history):
-        """A checkpoint: weights, processor, model card, trainer state, the settings and metrics so far."""
+        """A checkpoint: weights, processor, model card, trainer state, settings, metrics so far."""
         # An adapter's own weights are small, and not rounded by a merge.
         adapter = peft.get_peft_model_state_dict(self.adapter) if self.adapter else None
         model, run = self.adapter or self.model, self.run
@@ -368,7 +368,7 @@ def train_steps(trainer, held_out, history, log):
 
 
 def train(config, run):
-    """The whole run: load, evaluate, train with evaluations in between, leave everything in run.out."""
+    """The whole run: load, evaluate, train with evaluations in between, leave all in run.out."""
     out, settings = Path(run.out), runs.settings_of(config, run)
     history = runs.find_run(out, settings) if run.resume else []
     with nullcontext() if run.resume else runs.claimed_folder(out):

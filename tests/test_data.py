@@ -15,6 +15,7 @@ from decimal import Decimal
 import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import make_model, make_processor, picture
 from PIL import Image
 from transformers import AutoProcessor
@@ -543,3 +544,21 @@ def test_a_run_goes_on_with_its_own_data_only(folder, tmp_path, capsys):
     write_lines(tmp_path / "rows.jsonl", rows)
     ts.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"])
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_image_at_an_address_is_asked_for_once_a_draw(folder, tmp_path, monkeypatch):
+    """A second request may fail. The image is kept as small as the vision tower sees it."""
+    asked, large = [], saved(picture(5, 840, 840), "PNG")
+    monkeypatch.setattr(data, "fetch", lambda url: (asked.append(url), large)[1])
+    ask = lambda n: dict(images=f"http://x/{n}.png", problem="How many?", answer="5")
+    rows = write_lines(tmp_path / "rows.jsonl", map(ask, range(8)))
+    model, processor = ts.load_model(
+        ts.RunConfig(model=folder, dataset=rows, max_pixels=15680, min_pixels=4704)
+    )
+    rows, _ = open_rows(processor, rows)
+    config = papo.PAPOConfig(group_size=2, prompts_per_batch=4, max_new_tokens=2)
+    asked.clear()
+    stream = data.RowStream(rows, seed=0)
+    groups, _ = papo.roll_out(model, processor, config, stream, torch.Generator().manual_seed(0))
+    assert len(asked) == len(set(asked)) == 4 and groups[0].masked_prompt is not None
+    assert groups[0].row["images"][0].size == (112, 112)
