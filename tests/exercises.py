@@ -191,7 +191,7 @@ def masks_are_coin_flips(mask):
     """Cells are independent: how many go black varies from mask to mask as for coin flips"""
     counts = draw_masks(mask, 0.5).sum((1, 2))  # of 24 cells
     spread, expected = counts.std(), math.sqrt(24 * 0.25)
-    words = f"24 cells, ratio 0.5: their number has a standard deviation of {spread:.2f}"
+    words = f"24 cells, ratio 0.5: the number you blacked out varies by {spread:.2f}"
     require(0.75 * expected < spread < 1.25 * expected, f"{words}, expected about {expected:.2f}")
 
 
