@@ -23,21 +23,15 @@ ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "walkthrough.ipynb"
 NOTEBOOK = nbformat.read(FILE, as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
-
-
-def text_of(cell):
-    """All that a cell has put out, pictures left out."""
-    outs = [out.get("text") or out.get("data", {}).get("text/plain", "") for out in cell.outputs]
-    return "".join(outs)
+text = lambda out: out.get("text") or out.get("data", {}).get("text/plain", "")
+text_of = lambda cell: "".join(map(text, cell.outputs))  # pictures left out
 
 
 def test_it_runs_from_top_to_bottom(monkeypatch, warm_start):
-    """As a student runs it, offline, in the repository's root, with the unsolved exercises in it:
-    the same cells draw, and every exercise says that it is unsolved."""
+    """Offline, unsolved: the same cells draw, and every exercise says that it is not solved."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     fresh = nbformat.read(FILE, as_version=4)
-    where = {"metadata": {"path": str(ROOT)}}
-    NotebookClient(fresh, timeout=600, kernel_name="python3", resources=where).execute()
+    NotebookClient(fresh, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
     cells = [cell for cell in fresh.cells if cell.cell_type == "code"]
     assert sum("not solved yet" in text_of(cell) for cell in cells) == len(EXERCISES)
     draws = lambda cells: [i for i, cell in enumerate(cells) if "image/png" in str(cell.outputs)]
@@ -55,9 +49,8 @@ def test_a_bare_folder_is_told_what_it_lacks(tmp_path, monkeypatch):
 
 
 def test_outputs_are_committed():
-    """Every cell has run, once and in order, without error or warning; no path of the author's
-    machine; small enough to clone. A code cell follows prose, or one more of the same idea. The
-    glossary is papo's."""
+    """Every cell has run, once and in order, without error, warning, or a path of the author's
+    machine. A code cell follows prose, or one more of the same idea. The glossary is papo's."""
     kinds = "".join(cell.cell_type[0] for cell in NOTEBOOK.cells)
     assert kinds.startswith("mc") and "ccc" not in kinds
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
@@ -72,8 +65,7 @@ def test_outputs_are_committed():
 
 
 def test_nothing_is_copied():
-    """No cell defines a function of papo's or toy's again, nor has three lines of their code in a
-    row."""
+    """No cell defines a function of papo's or toy's, or has three lines of theirs in a row."""
     sources = [inspect.getsource(module).splitlines() for module in (papo, toy)]
     ours = [line.strip() for source in sources for line in source]
     runs = {tuple(ours[i : i + 3]) for i in range(len(ours)) if min(map(len, ours[i : i + 3])) > 8}
@@ -108,9 +100,6 @@ def test_the_exam_points_to_its_answers():
         assert inspect.getsource(getattr(papo, name)).count(piece) == 1, name
 
 
-# --- the graders ----------------------------------------------------------------------------------
-
-
 def whole_cells_only(image, ratio=0.6, patch_size=14, generator=None):
     masked, untouched = papo.mask_patches(image, ratio, patch_size, generator), image.convert("RGB")
     width, height = (side // patch_size * patch_size for side in image.size)
@@ -139,9 +128,8 @@ def noiser(channels=3, clamp=True, own=True):
 
 clipped, k3, advantages = papo.clipped_policy_loss, papo.kl_k3, papo.group_advantages
 log_x = lambda a, b: (b - a).clamp(-20, 20)
-as_float = lambda rewards: torch.as_tensor(rewards, dtype=torch.float32)
-centred = lambda R: as_float(R) - as_float(R).mean(-1, keepdim=True)
-std = lambda R, **how: as_float(R).std(-1, keepdim=True, **how)
+centred = lambda R: R - R.mean(-1, keepdim=True)
+std = lambda R, **how: R.std(-1, keepdim=True, **how)
 kept = lambda entropy, chosen: entropy.masked_fill(~chosen, 0.0)
 WRONG = {  # at least three for each: the slips that a student is likely to make
     "prediction": {
@@ -189,7 +177,7 @@ WRONG = {  # at least three for each: the slips that a student is likely to make
     "leave one out": {
         "the mean of all": centred,
         "divided by the deviation": advantages,
-        "the sum of the others": lambda R: 2 * as_float(R) - as_float(R).sum(-1, keepdim=True),
+        "the sum of the others": lambda R: 2 * R - R.sum(-1, keepdim=True),
     },
     "KL weights": {
         "negative weights": lambda p, m, H: p - m,
@@ -220,8 +208,7 @@ def test_the_right_answers_pass(capsys):
 
 @pytest.mark.parametrize("name, mistake", [(name, slip) for name in WRONG for slip in WRONG[name]])
 def test_wrong_answers_fail_in_words(name, mistake, capsys):
-    """The verdict names what should hold, what was given and what was expected; never an
-    assertion's text."""
+    """The verdict says what should hold, and what was given; never an assertion's text."""
     assert len(WRONG[name]) >= 3 and check(name, WRONG[name][mistake]) is False
     said = capsys.readouterr().out
     assert re.search(r"\d of \d checks? fail\.\n  - \w.{30}", said), said
