@@ -13,13 +13,14 @@ from statistics import mean
 
 import datasets
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, HfArgumentParser
+from transformers import AutoModelForImageTextToText, HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer
 
 import papo
 import toy
 from papo import PAPOConfig, option
 from program.data import DataConfig, open_dataset, read_row, say_skipped
+from program.model import load_processor
 
 # ---- 1. PAPO -------------------------------------------------------------------------------------
 
@@ -250,7 +251,7 @@ def load_model(run, args):
         if args.process_index == 0:
             for part in toy.warm_start(digits=run.digits, seed=args.seed):
                 part.save_pretrained(run.model)
-    processor = AutoProcessor.from_pretrained(run.model)
+    processor = load_processor(run.model)
     if run.dataset:
         edges = dict(shortest_edge=run.min_pixels, longest_edge=run.max_pixels)
         processor.image_processor.size = edges

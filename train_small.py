@@ -1,8 +1,8 @@
-"""Train a Qwen vision-language model with PAPO on one machine: `python train_small.py --gamma 0.02`.
+"""Train a Qwen vision-language model with PAPO on one machine: `python train_small.py`.
 
 Without --model and --dataset it trains the embedded world of toy.py: a tiny Qwen2.5-VL that adds
-handwritten digits, on a CPU, offline, in minutes. With them, any Qwen2-VL, Qwen2.5-VL or Qwen3-VL on
-any data set of images, questions and answers. papo.py is the algorithm, program/ the rest.
+handwritten digits, on a CPU, offline, in minutes. With them, any Qwen2-VL, Qwen2.5-VL or Qwen3-VL
+on any data set of images, questions and answers. papo.py is the algorithm, program/ the rest.
 """
 
 import copy
@@ -228,6 +228,7 @@ class Trainer:
         self.model, self.processor, self.config, self.run = model, processor, config, run
         self.objective, self.reward = papo.papo_loss, compute_reward
         self.rows, self.steps_done = RowStream(rows, run.seed), 0
+        self.data = getattr(rows, "fingerprint", str)()  # "" of the embedded world
         self.generator = torch.Generator().manual_seed(run.seed)
         self.seconds, self.memory, self.adapter = Counter(), {}, None
         if run.freeze_vision:
@@ -304,7 +305,7 @@ class Trainer:
         return {f"eval_{name}": value for name, value in found.items()}
 
     def save(self, folder, history):
-        """A checkpoint: weights, processor, model card, trainer state, the settings and metrics so far."""
+        """A checkpoint: weights, processor, model card, trainer state, settings, metrics so far."""
         # An adapter's own weights are small, and not rounded by a merge.
         adapter = peft.get_peft_model_state_dict(self.adapter) if self.adapter else None
         model, run = self.adapter or self.model, self.run
@@ -319,8 +320,9 @@ class Trainer:
         texts["run.json"] = json.dumps(record, allow_nan=False)
         if self.adapter and not run.merge:  # to be told if what is loaded is another base
             texts["base.json"] = json.dumps({"weights": self.base})
-        state = {"step": self.steps_done, "rows": self.rows.count, "adapter": adapter}
-        state |= {"generator": self.generator.get_state(), "optimizer": self.optimizer.state_dict()}
+        state = {"step": self.steps_done, "rows": self.rows.count, "data": self.data}
+        state |= {"adapter": adapter, "generator": self.generator.get_state()}
+        state["optimizer"] = self.optimizer.state_dict()
         runs.save_checkpoint(folder, [model, self.processor], texts, state)
 
     def load(self, folder):
@@ -335,6 +337,8 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
         except Exception as error:  # missing, cut off, or of another model
             raise UserError(f"--resume: {folder} cannot be loaded: {error!r}") from None
+        if (before := state["data"]) != self.data:
+            raise UserError(f"--resume: {folder} is of {before}, --dataset has now {self.data}")
         self.generator.set_state(state["generator"])
         self.steps_done, self.rows.count = state["step"], state["rows"]
 
@@ -364,7 +368,7 @@ def train_steps(trainer, held_out, history, log):
 
 
 def train(config, run):
-    """The whole run: load, evaluate, train with evaluations in between, leave everything in run.out."""
+    """The whole run: load, evaluate, train with evaluations in between, leave all in run.out."""
     out, settings = Path(run.out), runs.settings_of(config, run)
     history = runs.find_run(out, settings) if run.resume else []
     with nullcontext() if run.resume else runs.claimed_folder(out):

@@ -1,20 +1,16 @@
-"""Rows of real data sets as both trainers read them: {images: [at least one], problem, answer}.
-
-A row that cannot be used is skipped and counted by its reason; none is cut to fit.
-"""
+"""Rows of real data sets as both trainers read them: {images: [at least one], problem, answer}. One
+that cannot be used is skipped and counted by its reason; none is cut to fit."""
 
 import base64
+import hashlib
 import io
 import os
-import string
 import threading
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, fields
-from numbers import Number
 from pathlib import Path
-from urllib.parse import quote
-from urllib.request import urlopen
+from urllib import parse, request
 
 import datasets
 import numpy
@@ -49,26 +45,18 @@ class DataConfig:
     max_prompt_tokens: int = option(4096, "rows with a longer prompt are skipped (published)")
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, str) and not value.strip():
-                raise ValueError(f"--{name.replace('_', '-')} is empty")
+        self.columns = self.image_column, self.problem_column, self.answer_column
         for field in fields(self):
-            value = getattr(self, field.name)
+            value, flag = getattr(self, field.name), f"--{field.name.replace('_', '-')}"
+            if isinstance(value, str) and not value.strip():
+                raise ValueError(f"{flag} is empty")
             if field.type is int and field.default != 0 and value is not None and value < 1:
                 raise ValueError(f"{field.name} must be at least 1, got {value}")
-        for field in fields(DataConfig) if not self.dataset else ():
-            if field.name != "eval_size" and getattr(self, field.name) != field.default:
-                raise ValueError(f"--{field.name.replace('_', '-')} needs --dataset")
+            own = field.name in DataConfig.__dataclass_fields__ and field.name != "eval_size"
+            if own and not self.dataset and value != field.default:
+                raise ValueError(f"{flag} needs --dataset")
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
-
-    @property
-    def columns(self):
-        return self.image_column, self.problem_column, self.answer_column
-
-
-def dtype_of(dataset, column):
-    return getattr(dataset.features.get(column), "dtype", "")
 
 
 def open_dataset(run):
@@ -85,32 +73,32 @@ def open_dataset(run):
     try:
         if saved:
             dataset = datasets.load_from_disk(name)
-        elif is_file:  # in a CSV, None and NA are words as any
-            how = dict(keep_default_na=False) if builder == "csv" else {}
+        elif is_file:
+            how = {"keep_default_na": False} if builder == "csv" else {}  # None is a word as any
             dataset = datasets.load_dataset(builder, data_files=name, split="train", **how)
         else:
             ask_hub(name)
             dataset = datasets.load_dataset(name, split=run.split)
         answer = run.answer_column
-        if builder == "json" and dtype_of(dataset, answer).startswith("timestamp"):
-            how = dict(lines=".jsonl" in name.lower(), dtype=False)
-            written = pandas.read_json(name, **how)[answer].tolist()  # text, not its meaning
-            dataset = dataset.remove_columns(answer).add_column(answer, written)
+        dates = getattr(dataset.features.get(answer), "dtype", "").startswith("timestamp")
+        if dates and builder == "json":  # made of texts that look like dates
+            written = pandas.read_json(name, lines=".jsonl" in name.lower(), dtype=False)[answer]
+            dataset = dataset.remove_columns(answer).add_column(answer, written.tolist())
     except Exception as error:
         raise cannot_load("--dataset", name, error) from None
     if missing := [column for column in run.columns if column not in dataset.column_names]:
         has = ", ".join(dataset.column_names)
         raise UserError(f"--dataset {name} has no column {missing[0]}; it has {has}")
-    dataset = dataset.select_columns(list(run.columns))
-    return dataset.select(range(min(len(dataset), run.max_samples or len(dataset))))
+    first = range(min(len(dataset), run.max_samples or len(dataset)))
+    return dataset.select_columns(list(run.columns)).select(first)
 
 
 def fetch(url):
     """What lies at a URL (http, https, data, file). ValueError if it is not had within a time."""
-    got, address = [], quote(url, safe=string.punctuation)
+    got, address = [], parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
 
     def download():  # in a thread, for urlopen's time limit begins anew with every byte
-        with suppress(Exception), urlopen(address, timeout=FETCH_SECONDS) as file:
+        with suppress(Exception), request.urlopen(address, timeout=FETCH_SECONDS) as file:
             got.append(file.read(2**28))  # bytes at most: a camera's stream has no end
 
     thread = threading.Thread(target=download, daemon=True)
@@ -134,17 +122,16 @@ def open_image(image, folder):
         image = base64.b64decode("".join(image.split()), validate=True)
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(bytes(image)))
-    image.load()
+    image.load()  # which turns a TIFF; the others are turned by as_seen
     return image
 
 
 def as_seen(image):
     """A PIL image as a person sees it, in RGB: upright, on white where it is transparent, and with
     its whole range of grey. ValueError where that range is anyone's guess."""
-    is_pgm, image = image.format == "PPM", ImageOps.exif_transpose(image)
+    known, image = image.mode != "I" or image.format == "PPM", ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # grey of 16 or 32 bits, which Pillow would clip to 8
         grey, top = numpy.asarray(image, dtype=float), 1 if image.mode == "F" else 65535
-        known = image.mode != "I" or is_pgm
         if not known or not 0 <= grey.min() <= grey.max() <= top:
             raise ValueError("32-bit image of unknown range")
         grey = numpy.where(grey == image.info.get("transparency"), top, grey)
@@ -152,15 +139,15 @@ def as_seen(image):
     return to_rgb(image.convert("RGBA" if image.has_transparency_data else "RGB"))
 
 
-def answer_text(answer, dataset, column):
+def answer_text(answer, feature):
     """The answer as it was written. ValueError with the reason if there is none."""
-    if isinstance(label := dataset.features[column], datasets.ClassLabel):
-        answer = None if answer is None or answer < 0 else label.int2str(answer)
-    if (dtype := dtype_of(dataset, column)) in ("float16", "float32"):
+    if isinstance(feature, datasets.ClassLabel):
+        answer = None if answer is None or answer < 0 else feature.int2str(answer)
+    elif (dtype := getattr(feature, "dtype", None)) in ("float16", "float32"):
         answer = numpy.dtype(dtype).type(answer)  # 0.1, not 0.10000000149011612
     if answer is None or answer != answer or not str(answer).strip():  # NaN: a missing number
         raise ValueError("empty answer")
-    if isinstance(answer, bool) or not isinstance(answer, (str, Number)):
+    if isinstance(answer, (bool, bytes)) or not numpy.isscalar(answer):
         raise ValueError("answer is no text or number")
     return str(answer).strip()
 
@@ -181,7 +168,7 @@ def read_row(dataset, index, run, processor):
         raise ValueError("no image")
     if not isinstance(problem, str) or not problem.strip():
         raise ValueError("problem is no text")
-    answer = answer_text(answer, dataset, run.answer_column)
+    answer = answer_text(answer, dataset.features[run.answer_column])
     if any(max(image.size) > 200 * min(image.size) for image in images):
         raise ValueError("image more than 200 times longer than wide")
     images = [fit_image(processor, image) for image in images]
@@ -191,31 +178,31 @@ def read_row(dataset, index, run, processor):
     return {"images": images, "problem": problem, "answer": answer, "prompt": prompt}
 
 
-class Unusable(UserError):
-    """A row that read_row refuses."""
-
-
 class Rows:
-    """Rows of a data set, read when asked for. One that cannot be used raises Unusable; `skipped`
+    """Rows of a data set, read when asked for. One that cannot be used raises UserError; `skipped`
     keeps {place: reason}, and the first row of each reason is said at once."""
 
     def __init__(self, dataset, run, processor, indices):
         self.dataset, self.run, self.processor, self.indices = dataset, run, processor, indices
         self.skipped = {}
 
+    def fingerprint(self):
+        """Tells one data set from another, by all questions and answers: "64 rows, 1f3a..."."""
+        texts = [self.dataset[column][:] for column in self.run.columns[1:]]
+        return f"{len(self.dataset)} rows, {hashlib.sha256(repr(texts).encode()).hexdigest()[:12]}"
+
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        if i not in self.skipped:  # a dead server is waited for once
+        if i not in self.skipped:
             try:
                 return read_row(self.dataset, self.indices[i], self.run, self.processor)
             except ValueError as error:
-                reason = str(error)
-            if reason not in self.skipped.values():
-                tqdm.write(f"skipping row {self.indices[i]}: {reason}")
-            self.skipped[i] = reason
-        raise Unusable(f"row {self.indices[i]}: {self.skipped[i]}")
+                if str(error) not in self.skipped.values():
+                    tqdm.write(f"skipping row {self.indices[i]}: {error}")
+                self.skipped[i] = str(error)  # for good: a dead server is waited for once
+        raise UserError(f"row {self.indices[i]}: {self.skipped[i]}")
 
 
 def say_skipped(reasons):
@@ -239,7 +226,7 @@ class RowStream:
             self.count += 1
             try:
                 return self.rows[self.order[place]]
-            except Unusable:
+            except UserError:
                 if len(self.rows.skipped) == len(self.rows):
                     reasons = dict(Counter(self.rows.skipped.values()))
                     raise UserError(f"no row to train on is usable: {reasons}") from None
@@ -255,7 +242,7 @@ def load_rows(run, processor, training=True):
     with tqdm(total=wanted, desc="checking held-out rows", unit="row") as bar:
         while start > 0 and len(held_out) < wanted:
             start -= 1
-            with suppress(Unusable):
+            with suppress(UserError):
                 answer = rows[start]["answer"]
                 held_out.insert(0, start)
                 gradable = gradable or compute_reward(rf"\boxed{{{answer}}}", answer)["accuracy"]
@@ -265,7 +252,7 @@ def load_rows(run, processor, training=True):
         found = f"{len(held_out)} usable rows; skipped {dict(Counter(rows.skipped.values()))}"
         raise UserError(f"--dataset {run.dataset}: at least {1 + training} are needed, {found}")
     if not gradable:
-        tqdm.write(f"warning: no answer is right, as {answer!r} where {answer!r} is asked for")
+        tqdm.write(f"warning: no answer can be right, not even {answer!r} to {answer!r}")
     train = range(start)
     if start == 0 and training:  # so few are usable that all were seen
         end = len(held_out) - max(1, len(held_out) // 4)

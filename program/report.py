@@ -143,7 +143,7 @@ def model_card(config, run, history):
     )
 
 
-# curves.png: {title: {metric: (label, colour, line)}}; colours of Okabe and Ito, which all can tell.
+# curves.png: {title: {metric: (label, colour, line)}}; colours of Okabe and Ito, for all eyes.
 PANELS = {
     f"held-out accuracy (avg@{SAMPLES})": {
         "eval_accuracy_low": ("low vision dependency", "#E69F00", "--"),
@@ -204,7 +204,7 @@ def plot_curves(path, history, title):
 
 @torch.no_grad()
 def look_closely(model, processor, config, rows, reward):
-    """A few questions, and for every response token log pi - log pi_mask: nats the image is worth."""
+    """A few questions, and for every response token log pi - log pi_mask: the image's worth."""
     sizes = dict(prompts_per_batch=len(rows), updates_per_batch=1, group_size=4)
     # So that every question has a mask.
     config = replace(config, gamma=1.0, gated=False, dynamic_sampling=False, **sizes)

@@ -37,7 +37,8 @@ from transformers import GenerationConfig, PrinterCallback, TrainerCallback
 
 import papo
 import toy
-from train_small import RunConfig, Trainer, parse_args, peak_rss
+from program.memory import peak_memory
+from train_small import RunConfig, Trainer, parse_args
 
 # --- 1. Measuring ---------------------------------------------------------------------------------
 
@@ -329,7 +330,7 @@ def head_peak(way, tokens=1024, H=256, V=151936) -> float:
     hidden = torch.randn(tokens, H, device=DEVICE, requires_grad=True)
     targets = torch.randint(V, (tokens,), device=DEVICE)
     on_gpu = DEVICE.type == "cuda"
-    peak = lambda: torch.cuda.max_memory_allocated() / 2**30 if on_gpu else peak_rss()
+    peak = lambda: peak_memory(DEVICE)
     # On Linux a process inherits its parent's peak; only what lies above it can be seen.
     ballast = None if on_gpu else torch.ones(int(peak() * 2**28))  # noqa: F841
     before = peak()

@@ -5,7 +5,6 @@ import torch
 from conftest import random_responses, two_prompts
 
 import papo
-import train_small
 from study import bench
 
 
@@ -70,16 +69,17 @@ def test_trl_trains_with_one_config_on_as_many_responses_of_full_length(works, m
     import papo_trl
 
     ours, theirs, compute_loss = [], [], papo_trl.PAPOTrainer._compute_loss
+    papo_step = papo.papo_step
 
     def step(model, optimizer, config, groups, *rest):
         ours.append((vars(config), [len(o) for group in groups for o in group.responses]))
-        return papo.papo_step(model, optimizer, config, groups, *rest)
+        return papo_step(model, optimizer, config, groups, *rest)
 
     def loss(self, model, inputs):
         theirs.append((vars(self.papo), inputs["completion_mask"].sum(1).tolist()))
         return compute_loss(self, model, inputs)
 
-    monkeypatch.setattr(train_small, "papo_step", step)
+    monkeypatch.setattr(papo, "papo_step", step)
     monkeypatch.setattr(papo_trl.PAPOTrainer, "_compute_loss", loss)
     rows = bench.trl_steps(works[:1], questions=(1,), tokens=4)
     assert "| embedded world | 1 x 8 x 4 | " in printed([bench.TRL_TABLE], [rows], capsys)[0]

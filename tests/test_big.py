@@ -11,49 +11,26 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import papo
 import train_small as ts
 
-TEXT = dict(
-    vocab_size=151936,
-    hidden_size=2048,
-    intermediate_size=11008,
-    num_hidden_layers=36,
-    num_attention_heads=16,
-    num_key_value_heads=2,
-    max_position_embeddings=128000,
-    rms_norm_eps=1e-6,
-    tie_word_embeddings=True,
-    rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
-)
-VISION = dict(
-    depth=32,
-    hidden_size=1280,
-    intermediate_size=3420,
-    num_heads=16,
-    out_hidden_size=2048,
-    patch_size=14,
-    spatial_merge_size=2,
-    temporal_patch_size=2,
-    window_size=112,
-    fullatt_block_indexes=[7, 15, 23, 31],
-    tokens_per_second=2,
-)
+TEXT = dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36)
+TEXT |= dict(num_attention_heads=16, num_key_value_heads=2, max_position_embeddings=128000)
+TEXT |= dict(rms_norm_eps=1e-6, tie_word_embeddings=True)
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
+VISION |= dict(out_hidden_size=2048, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+VISION |= dict(window_size=112, fullatt_block_indexes=[7, 15, 23, 31], tokens_per_second=2)
+TEXT["rope_parameters"] = ROPE
 
 
 def published_3b(processor, dtype=torch.bfloat16):
     """Qwen2.5-VL-3B's published sizes, weights drawn at random."""
     ids = dict(zip(SPECIAL_TOKENS, processor.tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS)))
-    config = Qwen2_5_VLConfig(
-        text_config=TEXT,
-        vision_config=VISION,
-        tie_word_embeddings=True,
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-    )
+    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>")
+    names |= dict(vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
+    tokens = {name: ids[token] for name, token in names.items()}
+    sizes = dict(text_config=TEXT, vision_config=VISION, tie_word_embeddings=True)
     torch.manual_seed(0)
-    return Qwen2_5_VLForConditionalGeneration._from_config(
-        config, dtype=dtype, attn_implementation="sdpa"
-    )
+    make = Qwen2_5_VLForConditionalGeneration._from_config
+    return make(Qwen2_5_VLConfig(**sizes, **tokens), dtype=dtype, attn_implementation="sdpa")
 
 
 @pytest.mark.big

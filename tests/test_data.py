@@ -6,6 +6,7 @@ import gzip
 import http.server
 import io
 import json
+import re
 import struct
 import threading
 import zlib
@@ -14,8 +15,10 @@ from decimal import Decimal
 import datasets
 import numpy as np
 import pytest
+import torch
 from conftest import make_model, make_processor, picture
 from PIL import Image
+from transformers import AutoProcessor
 
 import papo
 import train_small as ts
@@ -184,6 +187,8 @@ def test_every_way_to_bring_a_picture(server, tmp_path):
     for way in ways:
         image = data.as_seen(data.open_image(way, tmp_path))
         assert image.size == (24, 16) and image.getpixel((9, 9))[0] > 250, way
+    turned.save(tmp_path / "turned.tiff", exif=exif)
+    assert data.as_seen(data.open_image("turned.tiff", tmp_path)).size == (24, 16)
     address, _ = server
     image = data.as_seen(data.open_image(f"{address}/a picture/ä?x=1&y=%20", tmp_path))
     np.testing.assert_array_equal(np.asarray(image)[..., 0], RAMP)
@@ -274,7 +279,7 @@ def test_a_question_about_several_images(folder, tmp_path, monkeypatch):
     ]
     rows = [dict(images=i, problem=p, answer="3") for i, p in questions * 4]
     file = write_lines(tmp_path / "rows.jsonl", rows)
-    processor = ts.AutoProcessor.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     config = DataConfig(dataset=file, min_pixels=4704, max_pixels=15680)
     processor.image_processor.size = dict(shortest_edge=4704, longest_edge=15680)
     one, two, first = (read_row(open_dataset(config), i, config, processor) for i in range(3))
@@ -312,6 +317,124 @@ def test_a_question_about_several_images(folder, tmp_path, monkeypatch):
     assert [mask.size for mask in masks] == [(56, 84), (112, 84), (56, 84)] and len(set(seeds)) == 1
     assert all((np.asarray(mask).reshape(-1, 3).sum(1) == 0).any() for mask in masks)
     assert not np.array_equal(np.asarray(masks[0]), np.asarray(masks[2]))
+
+
+def open_rows(processor, file, **settings):
+    config = DataConfig(dataset=str(file), min_pixels=4704, max_pixels=15680, **settings)
+    return load_rows(config, processor)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A jsonl of 40 rows, each with an image file of its own; the answer is the row's number. Every
+    third image is damaged."""
+    for i in range(40):
+        path = tmp_path / f"{i}.png"
+        picture(i).save(path)
+        if i % 3 == 0:
+            path.write_bytes(path.read_bytes()[:60])
+    rows = [{"images": f"{i}.png", "problem": "How many?", "answer": str(i)} for i in range(40)]
+    return write_lines(tmp_path / "rows.jsonl", rows)
+
+
+def test_formats_and_reasons(processor, tmp_path, capsys):
+    """jsonl, parquet, a folder and a saved data set give the same rows; unusable ones are counted
+    by their reason."""
+    picture(3).save(tmp_path / "three.png")
+    names = ("pic", "q", "a")
+    bad = {
+        "empty answer": (["three.png"], "?", " "),
+        "prompt longer than 150 tokens": (["three.png"], "long " * 200, "1"),
+        "problem is no text": (["three.png"], "", "1"),
+        "the question marks 2 images and brings 1": (["three.png"], "<image><image>", "1"),
+    }
+    good = (["three.png"], "How many?", "3"), (["three.png"], "How <image> many?", "4")
+    rows = [dict(zip(names, row)) for row in (*good, *bad.values())]
+    file = write_lines(tmp_path / "rows.jsonl", rows)
+    columns = dict(image_column="pic", problem_column="q", answer_column="a", max_prompt_tokens=150)
+    whole = datasets.load_dataset("json", data_files=file, split="train")
+    whole.to_parquet(tmp_path / "rows.parquet")
+    whole.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    whole.to_parquet(tmp_path / "folder" / "train.parquet")
+    for inside in ("saved", "folder"):  # an image's path is relative to the folder
+        picture(3).save(tmp_path / inside / "three.png")
+    for name in ("rows.jsonl", "rows.parquet", "saved", "folder"):
+        train, held_out = open_rows(processor, tmp_path / name, **columns)
+        answers = [rows[i]["answer"] for rows in (train, held_out) for i in range(len(rows))]
+        assert answers == ["3", "4"]
+        few, _ = open_rows(processor, tmp_path / name, max_samples=2, **columns)
+        assert len(few) == 1 and few[0]["images"][0].size == held_out[0]["images"][0].size
+    said = capsys.readouterr().out
+    assert all(said.count(f"skipped 1 rows: {reason}\n") == 4 for reason in bad)
+
+
+def test_a_bug_is_no_unusable_row(processor, files, monkeypatch):
+    """What papo.py does not raise for a bad row goes through."""
+    monkeypatch.setattr(data, "fit_image", lambda *_: None.size)
+    with pytest.raises(AttributeError):
+        open_rows(processor, files)
+
+
+def test_a_row_is_checked_when_it_is_drawn(processor, files, monkeypatch):
+    """Before training only as many rows are encoded as are held out. The draws are the same from
+    any place on, unusable rows are skipped and counted once however often they come."""
+    encoded, encode = [], data.encode_prompt
+    monkeypatch.setattr(data, "encode_prompt", lambda *a: (encoded.append(1), encode(*a))[1])
+    rows, held_out = open_rows(processor, files, eval_size=6)
+    assert len(encoded) == 6 and held_out.indices == [31, 32, 34, 35, 37, 38]
+    stream, places, answers = data.RowStream(rows, seed=0), [0], []
+    for _ in range(60):  # three epochs
+        answers.append(int(next(stream)["answer"]))
+        places.append(stream.count)
+    epochs = [answers[start : start + 20] for start in (0, 20, 40)]
+    assert all(set(epoch) == {i for i in range(31) if i % 3} for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+    for behind in (1, 7, 20, 33):
+        again = data.RowStream(open_rows(processor, files, eval_size=6)[0], seed=0)
+        again.count = places[behind]
+        assert [int(next(again)["answer"]) for _ in range(9)] == answers[behind : behind + 9]
+    assert list(rows.skipped.values()) == ["unreadable image"] * 11
+
+
+def test_an_image_that_goes_missing_during_a_run_is_skipped(processor, files, tmp_path, capsys):
+    rows, held_out = open_rows(processor, files, eval_size=4)
+    assert held_out.indices == [34, 35, 37, 38]
+    stream = data.RowStream(rows, seed=0)
+    next(stream)
+    for i in range(0, 34, 2):
+        (tmp_path / f"{i}.png").unlink()
+    epoch = [int(next(stream)["answer"]) for _ in range(30)]
+    assert set(epoch[-11:]) <= {i for i in range(34) if i % 3 and i % 2}
+    for i in range(34):
+        (tmp_path / f"{i}.png").unlink(missing_ok=True)
+    with pytest.raises(UserError, match="no row to train on is usable: {'unreadable image': 34}"):
+        next(stream)
+    assert capsys.readouterr().out.count("skipping row") == 2  # one held out, one to train on
+
+
+@pytest.mark.parametrize("ending", ["avif", "dds"])
+def test_a_damaged_image_of_any_codec_is_skipped(ending, processor, tmp_path):
+    """Some of Pillow's decoders raise a RuntimeError."""
+    path = tmp_path / f"0.{ending}"
+    picture(5, mode="RGBA").save(path)
+    whole = bytearray(path.read_bytes())
+    if ending == "dds":
+        whole[80:88] = bytes(8)  # a pixel format that there is not
+    else:
+        whole[len(whole) // 4 :] = bytes(len(whole) * 3 // 4)
+    path.write_bytes(whole)
+    row = dict(images=path.name, problem="?", answer="5")
+    with pytest.raises(UserError, match="unreadable image"):
+        open_rows(processor, write_lines(tmp_path / "rows.jsonl", [row] * 4))
+
+
+def test_evaluation_only_skips_and_counts(folder, files, tmp_path, capsys):
+    flags = ["--eval-only", "--max-new-tokens", "2", "--max-samples", "5", *SIZES]
+    ts.main(["--model", folder, "--dataset", files, "--out", str(tmp_path / "eval"), *flags])
+    lines = (tmp_path / "eval" / "eval.jsonl").read_text().splitlines()
+    assert [json.loads(line)["answer"] for line in lines] == ["1", "2", "4"]
+    assert "skipped 2 rows: unreadable image" in capsys.readouterr().out
 
 
 # ---- Answers and files ---------------------------------------------------------------------------
@@ -394,4 +517,48 @@ def test_answers_that_cannot_be_graded_are_warned_of(processor, tmp_path, capsys
             dataset=write_lines(tmp_path / "rows.jsonl", rows), min_pixels=4704, max_pixels=15680
         )
         load_rows(config, processor)
-        assert ("warning: no answer is right" in capsys.readouterr().out) == warned
+        assert ("warning: no answer can be right" in capsys.readouterr().out) == warned
+
+
+def test_a_run_goes_on_with_its_own_data_only(folder, tmp_path, capsys):
+    """Rows that are appended or replaced would change which ones are held out."""
+    picture(1).save(tmp_path / "good.png")
+    rows = [PATH_OF_GOOD | dict(answer=str(i)) for i in range(8)]
+    start = [
+        "--dataset",
+        str(tmp_path / "rows.jsonl"),
+        "--out",
+        str(tmp_path / "run"),
+        "--eval-size",
+        "1",
+        *QUICK,
+    ]
+    write_lines(tmp_path / "rows.jsonl", rows)
+    ts.main(["--model", folder, *start, "--steps", "1"])
+    for changed in (rows + rows[:1], rows[:3] + [rows[3] | dict(answer="9")] + rows[4:]):
+        write_lines(tmp_path / "rows.jsonl", changed)
+        with pytest.raises(SystemExit, match="2"):
+            ts.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"])
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert re.search(rf"is of 8 rows, \w+, --dataset has now {len(changed)} rows, \w+$", line)
+    write_lines(tmp_path / "rows.jsonl", rows)
+    ts.main(["--resume", "--out", str(tmp_path / "run"), "--steps", "2"])
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_an_image_at_an_address_is_asked_for_once_a_draw(folder, tmp_path, monkeypatch):
+    """A second request may fail. The image is kept as small as the vision tower sees it."""
+    asked, large = [], saved(picture(5, 840, 840), "PNG")
+    monkeypatch.setattr(data, "fetch", lambda url: (asked.append(url), large)[1])
+    ask = lambda n: dict(images=f"http://x/{n}.png", problem="How many?", answer="5")
+    rows = write_lines(tmp_path / "rows.jsonl", map(ask, range(8)))
+    model, processor = ts.load_model(
+        ts.RunConfig(model=folder, dataset=rows, max_pixels=15680, min_pixels=4704)
+    )
+    rows, _ = open_rows(processor, rows)
+    config = papo.PAPOConfig(group_size=2, prompts_per_batch=4, max_new_tokens=2)
+    asked.clear()
+    stream = data.RowStream(rows, seed=0)
+    groups, _ = papo.roll_out(model, processor, config, stream, torch.Generator().manual_seed(0))
+    assert len(asked) == len(set(asked)) == 4 and groups[0].masked_prompt is not None
+    assert groups[0].row["images"][0].size == (112, 112)

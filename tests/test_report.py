@@ -19,8 +19,8 @@ from program import report
 def look(problem="<image>How many?", answer="3", tokens=(("three", 1.0),), **more):
     """One question as look_closely gives it."""
     response = dict(tokens=list(tokens), misread=(), error=None, score={"reward": 0.0}, advantage=0)
-    row = {"problem": problem, "answer": answer}
-    return {"row": row, "image": picture(1), "masked": picture(2), "responses": [response | more]}
+    look = {"images": [picture(1)], "masked": [picture(2)], "responses": [response | more]}
+    return look | {"row": {"problem": problem, "answer": answer}}
 
 
 def page(tmp_path, *looks, plan=()):

@@ -25,13 +25,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import papo
 import toy
 import train_small as ts
-from program import data, memory, report
+from program import memory, report
 
 QUICK = (
     "--group-size 2 --prompts-per-batch 4 --updates-per-batch 2 --max-new-tokens 6 --eval-size 4 "
     "--prompts-per-sample 4 --eval-every 2 --learning-rate 1e-3 --min-pixels 4704 --max-pixels 15680"
 ).split()
-SMALL = dict(min_pixels=4704, max_pixels=15680)
 
 
 def dots(count):
@@ -50,11 +49,6 @@ def write_dots(path, counts):
     text, images = datasets.Value("string"), datasets.List(datasets.Image())
     features = datasets.Features(images=images, problem=text, answer=text)
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)
-    return str(path)
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
@@ -135,11 +129,6 @@ def scorer(processor):
     return torch.no_grad()(lambda model: papo.group_logps(model.eval(), prompt, response)[0])
 
 
-def open_rows(folder, file, **flags):
-    run = ts.RunConfig(model=folder, dataset=str(file), **SMALL, **flags)
-    return data.load_rows(run, ts.load_model(run)[1])
-
-
 load_weights = AutoModelForImageTextToText.from_pretrained
 
 
@@ -190,10 +179,11 @@ def test_train_checkpoint_load_and_evaluate(
 
 
 @pytest.mark.parametrize(
-    "flags", ["", "--lora 4 --precision bf16", "--precision bf16-kahan --freeze-vision"]
+    "flags", ["--gated True", "--lora 4 --precision bf16", "--precision bf16-kahan --freeze-vision"]
 )
 def test_a_resumed_run_is_the_same_run(flags, train, trainers):
-    """Four steps, and two steps resumed to four: the same metrics and weights to the bit."""
+    """Four steps, and two steps resumed to four: the same metrics and weights to the bit. A gated
+    run ends also where a question it shows is paid nothing."""
     whole = train("whole", f"{flags} --steps 4")
     parts = train("parts", flags)
     train("parts", f"{flags} --steps 4 --resume")
@@ -204,12 +194,6 @@ def test_a_resumed_run_is_the_same_run(flags, train, trainers):
 def test_the_seed_decides_the_metrics(train):
     a, b, c = (metrics(train(name, f"--seed {seed}")) for name, seed in zip("abc", (3, 3, 4)))
     assert a == b != c
-
-
-def test_a_gated_run_ends(train):
-    """Also where the responses of a question it shows are all right or all wrong: nothing is paid,
-    but its mask is shown."""
-    assert (train("run", "--gated True --steps 1") / "samples.html").exists()
 
 
 def test_a_reward_of_ones_own(train, monkeypatch):
@@ -313,177 +297,6 @@ def test_a_checkpoint_of_a_gpu_goes_on_without_one(train, monkeypatch):
         patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
         train("r", "--steps 1")
     train("r", "--resume")
-
-
-# ---- rows of data sets ----
-
-
-def test_data_set_formats_and_skipped_rows(one_folder, parquet, tmp_path, capsys):
-    """parquet, jsonl with image paths, a folder and a saved data set give the same rows; unusable
-    ones are counted by reason."""
-    dots(3).save(tmp_path / "three.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "three.png").read_bytes()[:60])
-    names = ("pic", "q", "a")
-    bad = {
-        "unreadable image": (["broken.png"], "?", "1"),
-        "no image": ([], "?", "1"),
-        "empty answer": (["three.png"], "?", " "),
-        "more than one image": (["three.png", "three.png"], "?", "1"),
-        "prompt longer than 150 tokens": (["three.png"], "long " * 200, "1"),
-        "problem is no text": (["three.png"], "", "1"),
-        "a question may hold one <image>, this one has 2": (["three.png"], "<image><image>", "1"),
-    }
-    good = (["three.png"], "How many?", "3"), (["three.png"], "How <image> many?", "3")
-    rows = [dict(zip(names, row)) for row in (*good, *bad.values())]
-    columns = dict(image_column="pic", problem_column="q", answer_column="a", max_prompt_tokens=150)
-    file = write_rows(tmp_path / "rows.jsonl", rows)
-    train, held_out = open_rows(one_folder, file, **columns)
-    assert len(train) == len(held_out) == 1
-    assert train[0]["answer"] == held_out[0]["answer"] == "3"
-    assert train[0]["images"][0].size == (84, 84)
-    said = capsys.readouterr().out
-    assert all(f"skipped 1 rows: {reason}\n" in said for reason in bad)
-
-    whole = datasets.load_dataset("parquet", data_files=parquet, split="train")
-    whole.save_to_disk(tmp_path / "saved")
-    (tmp_path / "folder").mkdir()
-    whole.to_parquet(tmp_path / "folder" / "train.parquet")
-    for name in (parquet, tmp_path / "saved", tmp_path / "folder"):
-        train, held_out = open_rows(one_folder, name, max_samples=5)
-        answers = [rows[i]["answer"] for rows in (train, held_out) for i in range(len(rows))]
-        assert len(held_out) == 1 and answers == whole["answer"][:5]
-
-
-@pytest.mark.parametrize("answer", [float("nan"), None, True, ["3"]])
-def test_an_answer_that_is_no_text_or_number_is_refused(answer, one_folder):
-    """NaN: a missing number, as pandas writes it."""
-    run = ts.RunConfig(model=one_folder, dataset="x", **SMALL)
-    row = dict(images=[dots(1)], problem="?", answer=answer)
-    with pytest.raises(ValueError, match="empty answer|answer is no text or number"):
-        data.read_row([row], 0, run, None)
-
-
-def test_a_bug_is_no_unusable_row(one_folder, parquet, monkeypatch):
-    """What papo.py does not raise for a bad row goes through."""
-    monkeypatch.setattr(data, "fit_image", lambda *_: None.size)
-    with pytest.raises(AttributeError):
-        open_rows(one_folder, parquet)
-
-
-@pytest.fixture
-def files(tmp_path):
-    """A jsonl of 40 rows, each with an image file of its own; the answer is the row's number. Every
-    third image is damaged."""
-    for i in range(40):
-        path = tmp_path / f"{i}.png"
-        dots(i % 9 + 1).save(path)
-        if i % 3 == 0:
-            path.write_bytes(path.read_bytes()[:60])
-    rows = [{"images": f"{i}.png", "problem": "How many?", "answer": str(i)} for i in range(40)]
-    return write_rows(tmp_path / "rows.jsonl", rows)
-
-
-def test_a_row_is_checked_when_it_is_drawn(one_folder, files, monkeypatch, capsys):
-    """Before training only as many rows are encoded as are held out. The draws are the same from
-    any place on, unusable rows are skipped and counted once however often they come."""
-    encoded, encode = [], data.encode_prompt
-    monkeypatch.setattr(data, "encode_prompt", lambda *a: (encoded.append(1), encode(*a))[1])
-    rows, held_out = open_rows(one_folder, files, eval_size=6)
-    assert len(encoded) == 6 and held_out.indices == [31, 32, 34, 35, 37, 38]
-    stream, places, answers = data.RowStream(rows, seed=0), [0], []
-    for _ in range(60):  # three epochs
-        answers.append(int(next(stream)["answer"]))
-        places.append(stream.count)
-    epochs = [answers[start : start + 20] for start in (0, 20, 40)]
-    assert all(set(epoch) == {i for i in range(31) if i % 3} for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
-    for behind in (1, 7, 20, 33):
-        again = data.RowStream(open_rows(one_folder, files, eval_size=6)[0], seed=0)
-        again.count = places[behind]
-        assert [int(next(again)["answer"]) for _ in range(9)] == answers[behind : behind + 9]
-    assert list(rows.skipped.values()) == ["unreadable image"] * 11
-
-
-def test_an_image_that_goes_missing_during_a_run_is_skipped(one_folder, files, tmp_path, capsys):
-    rows, held_out = open_rows(one_folder, files, eval_size=4)
-    assert held_out.indices == [34, 35, 37, 38]
-    stream = data.RowStream(rows, seed=0)
-    next(stream)
-    for i in range(0, 34, 2):
-        (tmp_path / f"{i}.png").unlink()
-    epoch = [int(next(stream)["answer"]) for _ in range(30)]
-    assert set(epoch[-11:]) <= {i for i in range(34) if i % 3 and i % 2}
-    for i in range(34):
-        (tmp_path / f"{i}.png").unlink(missing_ok=True)
-    with pytest.raises(
-        ts.UserError, match="no row to train on is usable: {'unreadable image': 34}"
-    ):
-        next(stream)
-    assert capsys.readouterr().out.count("skipping row") == 2  # one held out, one to train on
-
-
-def test_images_of_a_server_are_asked_for_once(one_folder, tmp_path, capsys, train):
-    """Each address answers its first request only, every third one with an error; an address may
-    also be nonsense. The masked image is made from what was fetched, reduced to what the tower
-    sees."""
-    import http.server
-    import io
-    import threading
-
-    big, asked = io.BytesIO(), []
-    dots(5).resize((840, 840)).save(big, "PNG")
-
-    class Once(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            bad = self.path in asked or int(self.path[1:]) % 3 == 0
-            asked.append(self.path)
-            self.send_response(404 if bad else 200)
-            self.end_headers()
-            self.wfile.write(b"gone" if bad else big.getvalue())
-
-        log_message = lambda self, *_: None
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Once)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    dots(3).save(tmp_path / "three.png")
-    urls = [f"http://127.0.0.1:{server.server_port}/{i}" for i in range(30)]
-    urls += [f"s3://bucket/{i}.png" for i in range(4)] + ["data:image/png;base64,????"]
-    rows = [dict(images=u, problem="How many?", answer="5") for u in [*urls, *["three.png"] * 2]]
-    file = write_rows(tmp_path / "rows.jsonl", rows)
-    out = train("run", "--eval-size 2 --steps 3", dataset=file)
-    server.shutdown()
-    said = capsys.readouterr().out
-    assert len(asked) == len(set(asked)) > 12 and said.count("skipping row") == 1
-    skipped = int(re.search(r"skipped (\d+) rows: unreadable image", said)[1])
-    assert skipped > 3 and metrics(out)[3]["kl_prcp"] > 0
-    rows, _ = open_rows(one_folder, file, eval_size=2)
-    rows.dataset = [dict(images=dots(5).resize((840, 840)), problem="How many?", answer="5")]
-    assert rows[0]["images"][0].size == (112, 112)
-
-
-@pytest.mark.parametrize("ending", ["avif", "dds"])
-def test_a_damaged_image_of_any_codec_is_skipped(ending, one_folder, tmp_path):
-    """Some of Pillow's decoders raise a RuntimeError."""
-    path = tmp_path / f"0.{ending}"
-    dots(5).convert("RGBA").save(path)
-    whole = bytearray(path.read_bytes())
-    if ending == "dds":
-        whole[80:88] = bytes(8)  # a pixel format that there is not
-    else:
-        whole[-200:] = bytes(200)
-    path.write_bytes(whole)
-    row = dict(images=path.name, problem="?", answer="5")
-    with pytest.raises(ts.UserError, match="unreadable image"):
-        open_rows(one_folder, write_rows(tmp_path / "rows.jsonl", [row] * 4))
-
-
-def test_evaluation_only_skips_and_counts(one_folder, files, tmp_path, capsys):
-    flags = "--eval-only --max-new-tokens 2 --max-samples 5 --max-pixels 15680 --min-pixels 4704"
-    argv = ["--model", one_folder, "--dataset", files, "--out", str(tmp_path / "eval")]
-    ts.main([*argv, *flags.split()])
-    lines = (tmp_path / "eval" / "eval.jsonl").read_text().splitlines()
-    assert [json.loads(line)["answer"] for line in lines] == ["1", "2", "4"]
-    assert "skipped 2 rows: unreadable image" in capsys.readouterr().out
 
 
 # ---- precision ----
@@ -748,13 +561,13 @@ def test_peak_memory_is_known_where_unix_modules_are_missing(monkeypatch):
 
 
 def test_a_short_run_improves_the_policy(warm_start):
-    """12 steps with a large gamma on the warm start: held-out accuracy rises by more than its
+    """16 steps with a large gamma on the warm start: held-out accuracy rises by more than its
     noise."""
-    config, run = ts.parse_args("--gamma 0.05 --learning-rate 2e-4 --eval-size 60".split())
+    config, run = ts.parse_args("--gamma 0.05 --eval-size 60".split())
     model, processor, rows, held_out = ts.load(run)  # its own copy, from the cache
     trainer = ts.Trainer(model, processor, config, run, rows)
     before = ts.summarise(ts.evaluate(model, processor, config, held_out))
-    for _ in range(12):
+    for _ in range(16):
         trainer.step()
     after = ts.summarise(ts.evaluate(model, processor, config, held_out))
     assert after["accuracy"] > before["accuracy"] + 0.05
