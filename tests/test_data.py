@@ -9,6 +9,7 @@ import json
 import re
 import struct
 import threading
+import time
 import zlib
 from decimal import Decimal
 
@@ -226,7 +227,11 @@ def test_a_run_over_bad_pictures_ends_and_counts_them(
 ):
     """Each dead address is asked once, whatever it does, and costs no more than the time limit."""
     monkeypatch.setattr(data, "FETCH_SECONDS", 0.5)
-    address, asked = server
+    (address, asked), start = server, time.perf_counter()
+    for path in ("silent", "drip"):
+        with pytest.raises(ValueError, match="image cannot be fetched"):
+            data.fetch(f"{address}/{path}")
+    assert time.perf_counter() - start < 5
     asked.clear()
     picture(1).save(tmp_path / "good.png")
     (tmp_path / "damaged.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
