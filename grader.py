@@ -50,6 +50,9 @@ WORD = r"\\?[a-zA-Z]+|小时|分钟|毫升|[厘毫千分]?[米克]|[或和且秒
 BRACES = r"(?:(?<![a-zA-Z\]}^_\\])|(?<=\d[cdkm]))\{((?:[^{}]|[\^_]\{[^{}]*\})*)\}", r"\1"
 SPACES = r"\\(?:left|right) ?\.?(?![a-zA-Z])|\\(?:q?quad|displaystyle)(?![a-zA-Z])"
 CASES = r"(?:\\\{ *)?\\begin\{(?:cases|array)\}(?:\{\w+\})?(.*)\\end\{\w+\}"
+INEQUALITY = r"(?<![^,;∨])(?=[^,;∨]*[<≤])(?:([^<≤,;∨]+)([<≤]))?(\\?[^\W\d]\w*)"
+INEQUALITY += r"(?:([<≤])([^<≤,;∨]+))?(?![^,;∨])"
+IN, OUT = {None: "(", "<": "(", "≤": "["}, {None: ")", "<": ")", "≤": "]"}
 LABEL = r"[,; ]*(?<![a-zA-Z])\(\d\)[,; ]*"
 FLIP = str.maketrans(">≥<≤", "<≤>≥")
 PREFIX = r"(?i)^ *(?:the )?(?:answer|option|choice|答案|选项?)(?![a-z])(?: ?is|是|为)?[: ]*(?=.)"
@@ -77,7 +80,7 @@ TIDY_RULES = [  # ... and patterns, in this order
     # Statements and numbered blanks: (2), (3) -> 2;3; 1.3.4. -> 1;3;4; (1) 5 cm (2) 6 -> 5 cm;6
     (r"^ *(?:\(\d\)[,; ]*){2,}$|^ *\d(?:\.\d){2,}\.?$", lambda m: ";".join(re.findall(r"\d", m[0]))),
     (r"^ *\(1\).+\(2\).+$", lambda m: re.sub(LABEL, ";", m[0]).strip(";")),
-    (r" +", " "),  # one stays, for 4 2 is not 42 but a list: 4  2 -> 4;2; 4,  200 -> 4, 200
+    (r"^ +| +$|(?<= ) +", ""),  # one stays, for 4 2 is not 42 but a list: 4  2 -> 4;2
     (r" ?([^\w\s,.]) ?", r"\1"),  # x + 1 = 3 -> x+1=3
     (r"\\?sqrt ?(?:\(([^()]*)\)|(\d+(?:\.\d+)?|\w))", r"\\sqrt{\1\2}"),  # sqrt(3) -> \sqrt{3}
     (r"(?<=\d)\^\{?[°o]\}?|\^\{?°\}?", "°"),  # 30^{\circ} -> 30°; 30º -> 30°
@@ -88,9 +91,11 @@ TIDY_RULES = [  # ... and patterns, in this order
     (r"^[A-Z](?=\(.*,.*\)$)|(?<=.)≈[\d.]+$|\+(?=∞)|\\(?=%)", ""),
     # \{x|x<2\} -> x<2; [40] -> 40; (e) -> e
     (r"^\\\{[^|,<>≤≥]+\|(.*)\\\}$|^[(\[]([^()\[\],;]*)[)\]]$", r"\1\2"),
-    # 1 or 2 -> 1,2; 3>x\ge 1 -> 1≤x<3; x>2 or x<1 -> 2<x∨x<1
-    (r"^[^<>≤≥≠]*$", lambda m: m[0].replace("∨", ",")),
+    # 3>x\ge 1 -> x∈[1,3); x>2 or x<1 -> x∈(2,∞)∪x∈(-∞,1); 1 or 2 -> 1,2
     (r"[^,;∨]+[>≥][^,;∨]+", lambda m: "".join(re.split("([<>≤≥])", m[0])[::-1]).translate(FLIP)),
+    (INEQUALITY, lambda m: "%s∈%s%s,%s%s" % (m[3], IN[m[2]], m[1] or "-∞", m[5] or "∞", OUT[m[4]])),
+    (r"(?<=[)\]])∨", "∪"),
+    (r"^[^≠]*$", lambda m: m[0].replace("∨", ",")),
 ]
 # The patterns: what each fits and does not, with two spaces between the examples.
 # NUMBER fits 5  -1,000.5  .5  1e3  2/4  50%  12 cm^2  9 km/h  5x; not 5,00  4 2  x5  2\pi
@@ -110,9 +115,13 @@ NAME = re.compile(r"((?!\d)(?:[\w∠△ '\\()]|\{[^{}=]*\})+[=∈])(?! ?[a-zA-Z 
 # What math-verify can read. EXPRESSION fits 2\sqrt{3}  (x+1)^2  y=3!  2ab; not 1,2  两个  two words
 # EXPRESSION fits \sum_{i=1}^n i; not \times3  N 30 E  _{i=1}^n i
 EXPRESSION = re.compile(
-    r"(?![*/^!_]|\\times|\\cdot)(?!.*(?<![\\a-zA-Z{])[a-zA-Z]+(?:(?<=[a-zA-Z]{4})| ?\d))"
+    r"(?![*/^!_]|\\times|\\cdot|[a-zA-Z ]+$)(?!.*(?<![\\a-zA-Z{])[a-zA-Z]+(?:(?<=[a-zA-Z]{4})| ?\d))"
     r"(?:\\[a-zA-Z\\]|[\w .+\-*/^(){}|!&=°±∞])+",
     re.ASCII,
+)
+# Its variables, signs and =: two that differ in them are not compared.
+SYMBOL = re.compile(
+    r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])|(\\[a-zA-Z]+|[a-zA-Z=!°±∞])"
 )
 # The child's program: a fresh interpreter, which without torch is ready in a second. It answers
 # each [seconds, pairs] twice, when it begins and when it knows. The watchdog is a thread in C: it
@@ -183,8 +192,6 @@ def same_by_rule(given: str, expected: str) -> bool | None:
         letters, texts = zip(*(c.groups() if c else (None, text) for c, text in zip(choices, pair)))
         same = all(texts) and same_by_rule(*texts) is True
         return same if None in letters else letters[0] == letters[1] and (same or not all(texts))
-    if re.fullmatch(r"[a-zA-Z ]{2,}∨[a-zA-Z ]{2,}", f"{given}∨{expected}"):
-        return False  # math-verify reads CBA as a product, hence as ABC
     if not all(numbers := [parse_number(given), parse_number(expected)]):
         return None
     (value, unit), (other, other_unit) = sorted(numbers, key=lambda number: number[1])  # "" first
@@ -195,13 +202,6 @@ def same_by_rule(given: str, expected: str) -> bool | None:
         endless = any(pow(10, 2000, number.denominator) for number in (value, other))
         return value == other or endless and abs(value - other) * 10**12 < abs(other)
     return False if unit and sorted(unit) != sorted(other_unit) else None  # same letters: variables?
-
-
-def symbols(text: str) -> set[str] | None:
-    """The variables, signs and = of one mathematical expression; None if it is anything else."""
-    if EXPRESSION.fullmatch(text):
-        text = re.sub(r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])", " ", text)
-        return set(re.findall(r"\\[a-zA-Z]+|[a-zA-Z=!°±∞]", text))
 
 
 @functools.lru_cache(maxsize=1)
@@ -244,15 +244,6 @@ def split(text: str, separators: str) -> tuple[list[str], str]:
     return [] if depth else pieces, found
 
 
-def as_interval(text: str) -> str:
-    """-4<m≤0 as (-4,0]; x<1∨2≤x as (-∞,1)∪[2,∞); anything else as it is."""
-    chain = re.compile(r"(?:([^<≤]+)([<≤]))?\\?[^\W\d]\w*(?:([<≤])([^<≤]+))?")
-    ends = [chain.fullmatch(part) for part in text.split("∨")]
-    bounds = [(m[2] == "≤", m[1] or "-∞", m[4] or "∞", m[3] == "≤") for m in ends if m]
-    intervals = [f"{'([' [left]}{low},{high}{')]' [right]}" for left, low, high, right in bounds]
-    return "∪".join(intervals) if all(ends) else text
-
-
 def unnamed(*pair: str) -> list[str]:
     """Without the name of what they are about if one leaves it out or it is the same: x=5 is 5."""
     names = [NAME.fullmatch(text) for text in pair]
@@ -266,9 +257,9 @@ def questions(given: str, expected: str, ordered=None) -> list[tuple[str, str]] 
     same = given == expected or same_by_rule(given, expected)
     if same is not None or not all(split(text, "")[0] for text in pair):
         return [] if same else None
-    # Where only one of them has it: x>3 is (3,∞); 1:2 is 1/2; ±2 is +2, -2
+    # Where only one of them has it: 1:2 is 1/2; ±2 is +2, -2
     signs = lambda text: ",".join(text.replace("±", sign) for sign in "+-")
-    for sign, convert in ("[<≤]", as_interval), (":", lambda t: t.replace(":", "/")), ("±", signs):
+    for sign, convert in (":", lambda t: t.replace(":", "/")), ("±", signs):
         if len(found := [text for text in pair if re.search(sign, text)]) == 1:
             pair = [convert(text) if text == found[0] else text for text in pair]
     if pair != [given, expected]:
@@ -288,7 +279,8 @@ def questions(given: str, expected: str, ordered=None) -> list[tuple[str, str]] 
         pair = pair if angles else [text.replace("°", "") for text in pair]
         bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
         both = [pair] if angles else [pair, (bare[0], pair[1]), (pair[0], bare[1])]
-        return [tuple(b) for b in both if symbols(b[0]) == symbols(b[1]) is not None][:1] or None
+        same = lambda pair: len({frozenset({*SYMBOL.findall(text), ""}) for text in pair}) == 1
+        return [b for b in both if all(map(EXPRESSION.fullmatch, b)) and same(b)][:1] or None
     if signs.replace(";", ",") != other_signs.replace(";", ","):
         return None
     if ordered is None:
