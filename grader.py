@@ -1,15 +1,12 @@
-r"""Do two answers mean the same? `answers_match(given, expected)`; papo.py's reward asks no more of it.
-
-Whoever wants to understand PAPO can leave this file closed. The way of a pair of answers:
+r"""Do two answers mean the same? `answers_match(given, expected)`. To understand PAPO, leave this be.
 
     tidy              both in one spelling
     same_by_rule      numbers, units, letters: exact, in microseconds; where it does not know,
-    questions         once more for each piece between commas and the like, which leaves questions to
+    questions         once more for each piece between commas and the like, which leaves some to
     same_by_algebra   math-verify, in a child process that a hostile answer may hang or kill
 
-A bare list of numbers is a set, as roots are: 1, 5 is 5, 1. Order counts within (1, 5) and [1, 5]
-and where the numbers fill blanks: (1) 1 (2) 5, or a line for each.
-"""
+A bare list of numbers is a set, as roots are: 1, 5 is 5, 1. Order counts in (1, 5) and [1, 5] and
+where numbers fill blanks: (1) 1 (2) 5, or a line for each."""
 
 import contextlib
 import functools
@@ -114,15 +111,10 @@ CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+ ?(.*))?")
 NAME = re.compile(r"((?!\d)(?:[\w∠△ '\\()]|\{[^{}=]*\})+[=∈])(?! ?[a-zA-Z ]+$)([^∠△=]+)")
 # What math-verify can read. EXPRESSION fits 2\sqrt{3}  (x+1)^2  y=3!  2ab; not 1,2  两个  two words
 # EXPRESSION fits \sum_{i=1}^n i; not \times3  N 30 E  _{i=1}^n i
-EXPRESSION = re.compile(
-    r"(?![*/^!_]|\\times|\\cdot|[a-zA-Z ]+$)(?!.*(?<![\\a-zA-Z{])[a-zA-Z]+(?:(?<=[a-zA-Z]{4})| ?\d))"
-    r"(?:\\[a-zA-Z\\]|[\w .+\-*/^(){}|!&=°±∞])+",
-    re.ASCII,
-)
-# Its variables, signs and =: two that differ in them are not compared.
-SYMBOL = re.compile(
-    r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])|(\\[a-zA-Z]+|[a-zA-Z=!°±∞])"
-)
+PROSE = r"[*/^!_]|\\times|\\cdot|[a-zA-Z ]+$|.*(?<![\\a-zA-Z{])[a-zA-Z]+(?:(?<=[a-zA-Z]{4})| ?\d)"
+EXPRESSION = re.compile(rf"(?!{PROSE})(?:\\[a-zA-Z\\]|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
+FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])"
+SYMBOL = re.compile(FUNCTION + r"|(\\[a-zA-Z]+|[a-zA-Z=!°±∞])")  # variables, signs and =
 # The child's program: a fresh interpreter, which without torch is ready in a second. It answers
 # each [seconds, pairs] twice, when it begins and when it knows. The watchdog is a thread in C: it
 # ends the child in the middle of \sin(9^{9^{9}}), and also when the parent is gone.
@@ -231,8 +223,8 @@ def same_by_algebra(pairs: list[tuple[str, str]]) -> bool:
 
 
 def split(text: str, separators: str) -> tuple[list[str], str]:
-    """The pieces of `text` between `separators` outside of brackets, and what separates them. Text
-    whose brackets do not match has no pieces."""
+    """The pieces of `text` between `separators` outside of brackets, and what separates them; no
+    pieces if its brackets do not match."""
     pieces, found, depth = [""], "", 0
     for token in re.findall(r"\d{1,3}(?:,\d{3})+(?!\d)|.", text):
         depth += (token in "([{") - (token in ")]}")
@@ -244,26 +236,22 @@ def split(text: str, separators: str) -> tuple[list[str], str]:
     return [] if depth else pieces, found
 
 
-def unnamed(*pair: str) -> list[str]:
-    """Without the name of what they are about if one leaves it out or it is the same: x=5 is 5."""
-    names = [NAME.fullmatch(text) for text in pair]
-    free = all(names) and names[0][1] == names[1][1] or not all(re.search("[=∈]", t) for t in pair)
-    return [name[2].strip() if name and free else text for name, text in zip(names, pair)]
-
-
-def questions(given: str, expected: str, ordered=None) -> list[tuple[str, str]] | None:
+@functools.lru_cache(maxsize=2**12)
+def questions(given: str, expected: str, ordered=None) -> tuple[tuple[str, str], ...] | None:
     """What is left to ask math-verify about two tidied answers; None if they are not the same."""
-    pair = given, expected = unnamed(given, expected)
-    same = given == expected or same_by_rule(given, expected)
+    pair = [given, expected]
+    names = [NAME.fullmatch(text) for text in pair]
+    # A name may be left out, or is the same: x=5 is 5, and y=5 is not x=5
+    if all(names) and names[0][1] == names[1][1] or not all(re.search("[=∈]", t) for t in pair):
+        pair = [name[2].strip() if name else text for name, text in zip(names, pair)]
+    same = pair[0] == pair[1] or same_by_rule(*pair)
     if same is not None or not all(split(text, "")[0] for text in pair):
-        return [] if same else None
+        return () if same else None
     # Where only one of them has it: 1:2 is 1/2; ±2 is +2, -2
     signs = lambda text: ",".join(text.replace("±", sign) for sign in "+-")
-    for sign, convert in (":", lambda t: t.replace(":", "/")), ("±", signs):
-        if len(found := [text for text in pair if re.search(sign, text)]) == 1:
-            pair = [convert(text) if text == found[0] else text for text in pair]
-    if pair != [given, expected]:
-        return questions(*pair, ordered)
+    for sign, convert in (":", lambda text: text.replace(":", "/")), ("±", signs):
+        if sum(sign in text for text in pair) == 1:
+            return questions(*(convert(t) if sign in t else t for t in pair), ordered)
     for separators in (",;∨", "∪∩", "<≤≠≈→∈∥⊥"):
         (pieces, signs), (others, other_signs) = (split(text, separators) for text in pair)
         if signs or other_signs:
@@ -275,27 +263,25 @@ def questions(given: str, expected: str, ordered=None) -> list[tuple[str, str]] 
             return questions(*(m[2] for m in brackets), brackets[0][1] != r"\{") if same else None
         # math-verify is asked only about expressions in the same symbols: prose has others. One of
         # the two may leave out a unit behind a digit, a bracket or \pi, and both may leave out °.
-        angles = re.search("sin|cos|tan", given + expected)
-        pair = pair if angles else [text.replace("°", "") for text in pair]
-        bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
-        both = [pair] if angles else [pair, (bare[0], pair[1]), (pair[0], bare[1])]
-        same = lambda pair: len({frozenset({*SYMBOL.findall(text), ""}) for text in pair}) == 1
-        return [b for b in both if all(map(EXPRESSION.fullmatch, b)) and same(b)][:1] or None
+        tries = [pair]
+        if not re.search("sin|cos|tan", given + expected):
+            pair = [text.replace("°", "") for text in pair]
+            bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
+            tries = [pair, [bare[0], pair[1]], [pair[0], bare[1]]]
+        symbols = lambda text: EXPRESSION.fullmatch(text) and {*SYMBOL.findall(text), ""}
+        return tuple(tuple(t) for t in tries if symbols(t[0]) == symbols(t[1]) != None)[:1] or None
     if signs.replace(";", ",") != other_signs.replace(";", ","):
         return None
     if ordered is None:
         values = all(re.search(r"\d|\\pi", piece) for piece in pieces)
         ordered = len({*signs, *other_signs}) > 1 or signs[0] not in ("∨∪∩," if values else "∨∪∩")
-    if not ordered and len(pieces) < 20:
-        for piece in pieces[:]:
-            for other in others:
-                if piece == other or same_by_rule(*unnamed(piece, other)):
-                    pieces.remove(piece), others.remove(other)
-                    break
-        if len(pieces) > 1 and "=" not in given and all(map(EXPRESSION.fullmatch, pieces + others)):
-            return [tuple(rf"\{{{','.join(side)}\}}" for side in (pieces, others))]
+    for piece in pieces[:] if not ordered and len(pieces) < 20 else []:
+        if match := [other for other in others if questions(piece, other) == ()]:
+            pieces.remove(piece), others.remove(match[0])
+    if len(pieces) > 1 and not ordered and all(map(EXPRESSION.fullmatch, pieces + others)):
+        return (tuple(rf"\{{{','.join(side)}\}}" for side in (pieces, others)),)
     asked = [questions(*both) for both in zip(pieces, others)]
-    return None if None in asked else sum(asked, [])
+    return None if None in asked else sum(asked, ())
 
 
 @functools.lru_cache(maxsize=2**12)
