@@ -1,4 +1,4 @@
-r"""Do two answers mean the same? `answers_match(given, expected)`. To understand PAPO, leave this be.
+r"""Do two answers mean the same? answers_match(given, expected); to understand PAPO, leave it closed.
 
     tidy              both in one spelling
     same_by_rule      numbers, units, letters: exact, in microseconds; where it does not know,
@@ -28,24 +28,23 @@ WRAPPINGS = ("</think>", "\0"), ("<answer>", "</answer>"), ("####", "\n"), (r"\b
 # tidy's tables; each arrow shows what tidy makes of it in the end. What NFKC would lose: x² -> x^2
 # x₁ -> x_1; 2½ -> 2\frac{1}{2}; ①③ -> 1;3
 MARKED = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s", "<circle>": "(%s)"}
-# ... what it leaves: −3 -> -3; 3∶4 -> 3:4; 9∘ -> 9°; 2√13 -> 2\sqrt{13}; 2πx -> 2\pi x; 1、2 -> 1,2
+# ... what it leaves: −3 -> -3; 3∶4 -> 3:4; 9∘ -> 9°; 2√13 -> 2\sqrt{13}; 2πx -> 2\pi x
 CHARACTERS = dict(zip("−–—。、∘∶⁄÷", "---.,°://")) | {"¢": " cents"}
 COMMANDS = zip("π×√αβγθλ", r"\pi ,\times ,\sqrt ,\alpha ,\beta ,\gamma ,\theta ,\lambda ".split(","))
 CHARACTERS = str.maketrans(CHARACTERS | dict(COMMANDS))
-# ... words, each group by its first, with or without s: x\le 3 -> x≤3; 1 \lt x -> 1<x
-# \tfrac12 -> \frac12; x=1且y=2 -> x=1,y=2; 20 ml -> 20 mL; 2 lbs -> 2 lb; 5元 -> 5yuan
+# ... words, each group by its first, with or without s: x\ne 3 -> x≠3; \tfrac12 -> \frac12; x=1且y=2 -> x=1,y=2; 20 ml -> 20 mL; 2 lbs -> 2 lb; 5元 -> 5yuan
 WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; < \lt; > \gt; ≠ \neq \ne; ≈ \approx; | \mid;
 → \rightarrow \to; ∪ \cup \bigcup; ∩ \cap \bigcap; ∈ \in; ∠ \angle; △ \triangle \vartriangle; ± \pm;
-∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ∞ \infty; Ω \Omega; ∨ or 或; , and 和 且; ms; \sin sin;
+∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ∞ \infty; Ω \Omega; ∨ or 或; , and 和 且; \sin sin; ms;
 \cos cos; \tan tan; \pi pi; \frac \dfrac \tfrac; ° \circ degree \degree 度; % percent; ft feet foot;
-cm centimeter centimetre 厘米; mm millimeter millimetre 毫米; km kilometer kilometre 千米; dm 分米;
-m meter metre 米; mL ml milliliter 毫升; L liter litre 升; kg kilogram 千克; g gram 克; lb pound;
-h hour hr 小时; min minute 分钟; s second 秒; in inches inch; dollars dollar USD $ \$; euros € euro;
-sterling £ \pounds; yuan ¥ 元"""
+cm centimeter centimetre 厘米; mm millimeter millimetre 毫米; m meter metre 米; dm 分米; L liter;
+km kilometer kilometre 千米; mL ml milliliter 毫升; kg kilogram 千克; g gram 克; lb pound; h hour hr;
+h 小时; min minute 分钟; s second 秒; in inches inch; dollars dollar USD $ \$; euros € euro; yuan ¥ 元;
+sterling £ \pounds"""
 WORDS = {word: group.split()[0] for group in WORDS.split(";") for word in group.split()}
-WORD = r"\\?[a-zA-Z]+|小时|分钟|毫升|[厘毫千分]?[米克]|[或和且秒度元升]"
+WORD = r"\\?[a-zA-Z]+|小时|分钟|毫升|[厘毫千分]?[米克]|[或和且秒度元]"
 BRACES = r"(?:(?<![a-zA-Z\]}^_\\])|(?<=\d[cdkm]))\{((?:[^{}]|[\^_]\{[^{}]*\})*)\}", r"\1"
-SPACES = r"\\(?:left|right) ?\.?(?![a-zA-Z])|\\(?:q?quad|displaystyle)(?![a-zA-Z])"
+SPACES = r"\\(?:(?:left|right) ?\.?|q?quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\$|~|\s"
 CASES = r"(?:\\\{ *)?\\begin\{(?:cases|array)\}(?:\{\w+\})?(.*)\\end\{\w+\}"
 INEQUALITY = r"(?<![^,;∨])(?=[^,;∨]*[<≤])(?:([^<≤,;∨]+)([<≤]))?(\\?[^\W\d]\w*)"
 INEQUALITY += r"(?:([<≤])([^<≤,;∨]+))?(?![^,;∨])"
@@ -63,19 +62,16 @@ TIDY_RULES = [  # ... and patterns, in this order
     # \textbf{C} -> C; 5\text { km} -> 5 km; 8\mathrm \pi -> 8\pi; \frac { 1 } { 2 } -> \frac{1}{2}
     (r"\\(?:text|math|mbox|number|rm|bf)[a-z]* ?(?:\{([^{}]*)\}|(?![a-zA-Z{]))", r" \1 "),
     (r" *([{}]) *", r"\1"),
-    # Braces about nothing or one thing: 30{}^\circ -> 30°; {{x}^{2}} -> x^2; 5c{{m}^{2}} -> 5cm^2
-    *[BRACES] * 3,
-    # \left.x\right| -> x|; \(5\) -> 5; $5$ -> 5; 5~cm -> 5 cm
-    (SPACES + r"|(?<!\\)\\[()\[\],;:! ]|\$|~|\s", " "),
-    # \{\begin{array}{l}x=1\\y=2\end{array} -> x=1,y=2
-    (CASES, lambda m: m[1].replace(r"\\", ",")),
+    *[BRACES] * 3,  # 30{}^\circ -> 30°; {{x}^{2}} -> x^2; 5c{{m}^{2}} -> 5cm^2
+    (SPACES, " "),  # \left.x\right| -> x|; \(5\) -> 5; $5$ -> 5; 5~cm -> 5 cm
+    (CASES, lambda m: m[1].replace(r"\\", ",")),  # \begin{cases}x=1\\y=2\end{cases} -> x=1,y=2
     # 9 sq. m -> 9 m^2; 9立方m -> 9m^3; 2 hours -> 2 h
     (r"(?:square|sq\b\.?|平方|(cubic|立方)) ?([^\W\d_]+)", lambda m: f"{m[2]}^{2 + bool(m[1])}"),
     (WORD, lambda m: WORDS.get(m[0]) or WORDS.get(m[0].removesuffix("s"), m[0])),
     (PREFIX, ""),  # The answer is C -> C; Option C -> C; 答案：C -> C
     (r"(?<=[A-J])[, ]+(?=[A-J])", ""),  # A, C and D -> ACD
     # Statements and numbered blanks: (2), (3) -> 2;3; 1.3.4. -> 1;3;4; (1) 5 cm (2) 6 -> 5 cm;6
-    (r"^ *(?:\(\d\)[,; ]*){2,}$|^ *\d(?:\.\d){2,}\.?$", lambda m: ";".join(re.findall(r"\d", m[0]))),
+    (r"^ *(?:\(\d\)[,; ]*){2,}$|^\d(?:\.\d){2,}\.?$", lambda m: ";".join(re.findall(r"\d", m[0]))),
     (r"^ *\(1\).+\(2\).+$", lambda m: re.sub(LABEL, ";", m[0]).strip(";")),
     (r"^ +| +$|(?<= ) +", ""),  # one stays, for 4 2 is not 42 but a list: 4  2 -> 4;2
     (r" ?([^\w\s,.]) ?", r"\1"),  # x + 1 = 3 -> x+1=3
@@ -86,7 +82,7 @@ TIDY_RULES = [  # ... and patterns, in this order
     (r"(?<=\d) (?=\d)", ";"),
     # P(1,2) -> (1,2); \pi \approx 3.14 -> \pi; +\infty -> ∞; 5\% -> 5%
     (r"^[A-Z](?=\(.*,.*\)$)|(?<=.)≈[\d.]+$|\+(?=∞)|\\(?=%)", ""),
-    # \{x|x<2\} -> x<2; [40] -> 40; (e) -> e
+    # \{x|x+1<2\} -> x+1<2; [40] -> 40; (e) -> e
     (r"^\\\{[^|,<>≤≥]+\|(.*)\\\}$|^[(\[]([^()\[\],;]*)[)\]]$", r"\1\2"),
     # 3>x\ge 1 -> x∈[1,3); x>2 or x<1 -> x∈(2,∞)∪x∈(-∞,1); 1 or 2 -> 1,2
     (r"[^,;∨]+[>≥][^,;∨]+", lambda m: "".join(re.split("([<>≤≥])", m[0])[::-1]).translate(FLIP)),
@@ -94,40 +90,31 @@ TIDY_RULES = [  # ... and patterns, in this order
     (r"(?<=[)\]])∨", "∪"),
     (r"^[^≠]*$", lambda m: m[0].replace("∨", ",")),
 ]
-# The patterns: what each fits and does not, with two spaces between the examples.
-# NUMBER fits 5  -1,000.5  .5  1e3  2/4  50%  12 cm^2  9 km/h  5x; not 5,00  4 2  x5  2\pi
+# The patterns; tests/test_grader.py shows what each fits and does not.
 DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
 UNITS = r"((?:(?:[^\W\d_]|[%°])+(?:[ /][a-zA-Z]+)*(?:\^?[23])?)?)"
 NUMBER = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))? ?{UNITS}")
-# A measure or what is counted: may be left out. UNIT fits m^2  km/h  °C  apples  元; not x  trillion
 MEASURE = r"°[CF]?|[cdkm]?m|in|ft|mi|yd|lb|k?g|h|s|min|m?L|mph|mol|[kM]?(?:Hz|Pa|J|W)|[NVAKΩ]"
 COUNTED = r"(?![a-z]*illion|thousand|hundred|dozen|hal[fv]|third|[efnst][a-z]*ths|cubed)[a-z]{4,}"
 COUNTED += r"|(?![万亿千百十成折多倍])[一-鿿]{1,2}"
-UNIT = re.compile(rf"(?:{MEASURE}|{COUNTED})(?:/(?:{MEASURE}))?(?:\^?[23])?")
-# A letter of a multiple choice, and its text. CHOICE fits B  (B)  B),  B.  B: 12 cm; not AB  B 12
-CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+ ?(.*))?")
-# What something is about. NAME fits x_1=5  P(A)=x+1  S_{△ABC}=5  x∈[1,2); not x+1=6  5=5  EB=BD
-# NAME fits ∠ABC=2x; not ∠1=∠2  x=y=5  \sum_{i=1}^n i
-NAME = re.compile(r"((?!\d)(?:[\w∠△ '\\()]|\{[^{}=]*\})+[=∈])(?! ?[a-zA-Z ]+$)([^∠△=]+)")
-# What math-verify can read. EXPRESSION fits 2\sqrt{3}  (x+1)^2  y=3!  2ab; not 1,2  两个  two words
-# EXPRESSION fits \sum_{i=1}^n i; not \times3  N 30 E  _{i=1}^n i
+UNIT = re.compile(rf"(?:{MEASURE}|{COUNTED})(?:/(?:{MEASURE}))?(?:\^?[23])?")  # may be left out
+CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+ ?(.*))?")  # and the text of the option
+NAME = re.compile(r"((?!\d)(?:[\w∠△ '\\()]|\{[^{}=]*\})+[=∈])(?! ?[a-zA-Z ]+$)([^∠△=]+)")  # x=5
 PROSE = r"[*/^!_]|\\times|\\cdot|[a-zA-Z ]+$|.*(?<![\\a-zA-Z{])[a-zA-Z]+(?:(?<=[a-zA-Z]{4})| ?\d)"
 EXPRESSION = re.compile(rf"(?!{PROSE})(?:\\[a-zA-Z\\]|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
 FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])"
 SYMBOL = re.compile(FUNCTION + r"|(\\[a-zA-Z]+|[a-zA-Z=!°±∞])")  # variables, signs and =
-# The child's program: a fresh interpreter, which without torch is ready in a second. It answers
-# each [seconds, pairs] twice, when it begins and when it knows. The watchdog is a thread in C: it
-# ends the child in the middle of \sin(9^{9^{9}}), and also when the parent is gone.
+# The child's program: a fresh interpreter, ready in a second. It answers each [seconds, pairs] twice,
+# when it begins and when it knows. The watchdog is a thread in C: it ends the child in the middle of
+# \sin(9^{9^{9}}), and also when the parent is gone.
 GRADING_PROCESS = r"""
-import sys
-sys.path.remove("")  # the current folder: a random.py there is the user's own
+import sys; sys.path.remove("")  # the current folder: a random.py there is the user's own
 import faulthandler, json, os, signal
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the trainer's
 replies, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no reply
 from math_verify import parse, verify
-if sys.platform == "linux":
-    import resource
-    resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))  # 2 GiB of memory
+if sys.platform == "linux":  # 2 GiB of memory
+    import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
 def same(pair):  # numbers and decimals in expressions: to 12 digits
     read = [parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in pair]
     values = [found[0] for found in read if found and getattr(found[0], "is_number", False)]
@@ -174,8 +161,8 @@ def parse_number(text: str) -> tuple[Fraction, str] | None:
 def same_by_rule(given: str, expected: str) -> bool | None:
     """The verdict of the cheap exact rules on two tidied answers; None if they leave it open."""
     # Case counts in symbols, not in words, which are capitalised or in capitals throughout.
-    words = re.compile(r"(?<![\\\w])(?:[A-Z](?:[a-z]+|[A-Z]+)\b|A(?= [a-z]{3}))")
-    fold = lambda text: words.sub(lambda m: m[0].lower(), text)
+    words = r"(?<![\\\w])(?:[A-Z](?:[a-z]+|[A-Z]+)\b|A(?= [a-z]{3}))"
+    fold = lambda text: re.sub(words, lambda m: m[0].lower(), text)
     if not given or fold(given) == fold(expected):
         return given != ""
     pair = [text.upper() if len(text) == 1 else text for text in (given, expected)]
@@ -190,16 +177,15 @@ def same_by_rule(given: str, expected: str) -> bool | None:
     if not unit and other_unit == "%":
         return value == other / 100 or value == other and abs(value) > 1  # 0.5 is not 0.5%
     if unit == other_unit or not unit and UNIT.fullmatch(other_unit):
-        # 12 digits are enough where one has no exact decimal, as 3/11
+        # To 12 digits where one has no exact decimal, as 3/11 has none.
         endless = any(pow(10, 2000, number.denominator) for number in (value, other))
         return value == other or endless and abs(value - other) * 10**12 < abs(other)
-    return False if unit and sorted(unit) != sorted(other_unit) else None  # same letters: variables?
+    return None if sorted(unit) == sorted(other_unit) or not unit else False  # 2xy, 2yx: variables
 
 
 @functools.lru_cache(maxsize=1)
 def grading_process(owner: int) -> subprocess.Popen:
-    """The child that may hang or die on a hostile answer, started once. owner: this process's id,
-    so that a fork starts its own."""
+    """The child, started once. owner: this process's id, so that a fork starts its own."""
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     return subprocess.Popen([sys.executable, "-c", GRADING_PROCESS], text=True, **pipes)
 
@@ -223,8 +209,7 @@ def same_by_algebra(pairs: list[tuple[str, str]]) -> bool:
 
 
 def split(text: str, separators: str) -> tuple[list[str], str]:
-    """The pieces of `text` between `separators` outside of brackets, and what separates them; no
-    pieces if its brackets do not match."""
+    """What lies between `separators` outside of brackets, and those; [], "" if brackets do not match."""
     pieces, found, depth = [""], "", 0
     for token in re.findall(r"\d{1,3}(?:,\d{3})+(?!\d)|.", text):
         depth += (token in "([{") - (token in ")]}")
@@ -268,18 +253,16 @@ def questions(given: str, expected: str, ordered=None) -> tuple[tuple[str, str],
             pair = [text.replace("°", "") for text in pair]
             bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
             tries = [pair, [bare[0], pair[1]], [pair[0], bare[1]]]
-        symbols = lambda text: EXPRESSION.fullmatch(text) and {*SYMBOL.findall(text), ""}
-        return tuple(tuple(t) for t in tries if symbols(t[0]) == symbols(t[1]) != None)[:1] or None
+        symbols = lambda text: EXPRESSION.fullmatch(text) and {*SYMBOL.findall(text), ""} or {text}
+        return tuple(tuple(t) for t in tries if symbols(t[0]) == symbols(t[1]))[:1] or None
     if signs.replace(";", ",") != other_signs.replace(";", ","):
         return None
-    if ordered is None:
-        values = all(re.search(r"\d|\\pi", piece) for piece in pieces)
-        ordered = len({*signs, *other_signs}) > 1 or signs[0] not in ("∨∪∩," if values else "∨∪∩")
-    for piece in pieces[:] if not ordered and len(pieces) < 20 else []:
+    if ordered is None:  # numbers, alternatives
+        one = len({*signs, *other_signs}) == 1 and (signs[0] != "," or re.search(r"\d|\\pi", given))
+        ordered = not one or signs[0] not in ",∨∪∩"
+    for piece in [] if ordered or len(pieces) > 20 else pieces[:]:
         if match := [other for other in others if questions(piece, other) == ()]:
             pieces.remove(piece), others.remove(match[0])
-    if len(pieces) > 1 and not ordered and all(map(EXPRESSION.fullmatch, pieces + others)):
-        return (tuple(rf"\{{{','.join(side)}\}}" for side in (pieces, others)),)
     asked = [questions(*both) for both in zip(pieces, others)]
     return None if None in asked else sum(asked, ())
 
