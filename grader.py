@@ -1,4 +1,4 @@
-r"""Do two answers mean the same? answers_match(given, expected); to understand PAPO, leave it closed.
+r"""Do two answers mean the same? answers_match(given, expected). PAPO is understood without it.
 
     tidy              both in one spelling
     same_by_rule      numbers, units, letters: exact, in microseconds; where it does not know,
@@ -16,31 +16,29 @@ import re
 import subprocess
 import sys
 import threading
-import unicodedata
 from fractions import Fraction
+from unicodedata import category, decomposition, normalize
 
 GRADE_TIMEOUT = 3.0  # seconds math-verify gets for one answer, about a hundred times what it needs
 MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same string: bounds work
 
-# What other data sets write about an answer, its last occurrence counts: #### 72 -> 72
-# <think>2?</think> <answer>3</answer> -> 3; x is \boxed{5}. -> 5
+# The wrappings of other data sets: #### 72 -> 72; <think>2</think> <answer>3</answer> -> 3
 WRAPPINGS = ("</think>", "\0"), ("<answer>", "</answer>"), ("####", "\n"), (r"\boxed{", "}")
 # tidy's tables; each arrow shows what tidy makes of it in the end. What NFKC would lose: x² -> x^2
-# x₁ -> x_1; 2½ -> 2\frac{1}{2}; ①③ -> 1;3
+# x₁ -> x_1; 2½ -> 2\frac{1}{2}; ①③ -> 1;3; and leaves: −3 -> -3; 9∘ -> 9°; 2√13 -> 2\sqrt{13}
 MARKED = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s", "<circle>": "(%s)"}
-# ... what it leaves: −3 -> -3; 3∶4 -> 3:4; 9∘ -> 9°; 2√13 -> 2\sqrt{13}; 2πx -> 2\pi x
 CHARACTERS = dict(zip("−–—。、∘∶⁄÷", "---.,°://")) | {"¢": " cents"}
-COMMANDS = zip("π×√αβγθλ", r"\pi ,\times ,\sqrt ,\alpha ,\beta ,\gamma ,\theta ,\lambda ".split(","))
-CHARACTERS = str.maketrans(CHARACTERS | dict(COMMANDS))
-# ... words, each group by its first, with or without s: x\ne 3 -> x≠3; \tfrac12 -> \frac12; x=1且y=2 -> x=1,y=2; 20 ml -> 20 mL; 2 lbs -> 2 lb; 5元 -> 5yuan
+GREEK = zip("π×√αβγθλ", r"\pi |\times |\sqrt |\alpha |\beta |\gamma |\theta |\lambda ".split("|"))
+CHARACTERS = str.maketrans(CHARACTERS | dict(GREEK))
+# ... words, each group by its first, with or without s: 2 lbs -> 2 lb; 5元 -> 5yuan; x且y -> x,y
 WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; < \lt; > \gt; ≠ \neq \ne; ≈ \approx; | \mid;
 → \rightarrow \to; ∪ \cup \bigcup; ∩ \cap \bigcap; ∈ \in; ∠ \angle; △ \triangle \vartriangle; ± \pm;
-∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ∞ \infty; Ω \Omega; ∨ or 或; , and 和 且; \sin sin; ms;
+∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ∞ \infty; Ω \Omega; ∨ or 或; , and 和 且; \sin sin;
 \cos cos; \tan tan; \pi pi; \frac \dfrac \tfrac; ° \circ degree \degree 度; % percent; ft feet foot;
 cm centimeter centimetre 厘米; mm millimeter millimetre 毫米; m meter metre 米; dm 分米; L liter;
-km kilometer kilometre 千米; mL ml milliliter 毫升; kg kilogram 千克; g gram 克; lb pound; h hour hr;
-h 小时; min minute 分钟; s second 秒; in inches inch; dollars dollar USD $ \$; euros € euro; yuan ¥ 元;
-sterling £ \pounds"""
+km kilometer kilometre 千米; mL ml milliliter 毫升; kg kilogram 千克; g gram 克; lb pound; ms; in inch;
+h hour hr 小时; min minute 分钟; s second 秒; dollars dollar USD $ \$; euros € euro; yuan ¥ 元;
+in inches; sterling £ \pounds"""
 WORDS = {word: group.split()[0] for group in WORDS.split(";") for word in group.split()}
 WORD = r"\\?[a-zA-Z]+|小时|分钟|毫升|[厘毫千分]?[米克]|[或和且秒度元]"
 BRACES = r"(?:(?<![a-zA-Z\]}^_\\])|(?<=\d[cdkm]))\{((?:[^{}]|[\^_]\{[^{}]*\})*)\}", r"\1"
@@ -53,15 +51,14 @@ LABEL = r"[,; ]*(?<![a-zA-Z])\(\d\)[,; ]*"
 FLIP = str.maketrans(">≥<≤", "<≤>≥")
 PREFIX = r"(?i)^ *(?:the )?(?:answer|option|choice|答案|选项?)(?![a-z])(?: ?is|是|为)?[: ]*(?=.)"
 TIDY_RULES = [  # ... and patterns, in this order
-    # \$5 -> 5 dollars; £5 -> 5 sterling; $5 -> 5 dollars; 10⁻³ -> 10^{-3}
+    # \$5 -> 5 dollars; £5 -> 5 sterling; $5 -> 5 dollars
     (r"(\\\$|^\$(?=[^$]*$)|[£€¥]) ?(\d[\d.,]*)", lambda m: f"{m[2]} {WORDS[m[1]]} "),
-    (r"(?<=\^\{.)\}\^\{", ""),
     (r"\{,\}|,\\!|(?<=\d)\\,(?=\d{3}(?!\d))", ","),  # 1{,}000 -> 1,000; 1\,000 -> 1,000
     # Blanks, each in its $ or on its line: $$7$$ $$10$$ -> 7;10; $7$ $cm$ -> 7 cm
     (r"(?<=[\w})\].%])(?:\$+ +\$+|\$*\s*\n\s*\$*)(?=[^$\n]*\d)(?![\s\S]*\\end)", ";"),
-    # \textbf{C} -> C; 5\text { km} -> 5 km; 8\mathrm \pi -> 8\pi; \frac { 1 } { 2 } -> \frac{1}{2}
+    # \textbf{C} -> C; 5\text { km} -> 5 km; 8\mathrm \pi -> 8\pi; \frac {1} {2} -> \frac{1}{2}; 2⁻³ -> 2^{-3}
     (r"\\(?:text|math|mbox|number|rm|bf)[a-z]* ?(?:\{([^{}]*)\}|(?![a-zA-Z{]))", r" \1 "),
-    (r" *([{}]) *", r"\1"),
+    (r"(?<=\^\{.)\}\^\{| *([{}]) *", r"\1"),
     *[BRACES] * 3,  # 30{}^\circ -> 30°; {{x}^{2}} -> x^2; 5c{{m}^{2}} -> 5cm^2
     (SPACES, " "),  # \left.x\right| -> x|; \(5\) -> 5; $5$ -> 5; 5~cm -> 5 cm
     (CASES, lambda m: m[1].replace(r"\\", ",")),  # \begin{cases}x=1\\y=2\end{cases} -> x=1,y=2
@@ -92,8 +89,8 @@ TIDY_RULES = [  # ... and patterns, in this order
 ]
 # The patterns; tests/test_grader.py shows what each fits and does not.
 DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
-UNITS = r"((?:(?:[^\W\d_]|[%°])+(?:[ /][a-zA-Z]+)*(?:\^?[23])?)?)"
-NUMBER = re.compile(rf"({DECIMAL})(?:/({DECIMAL}))? ?{UNITS}")
+NUMBER = rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:(?:[^\W\d_]|[%°])+(?:[ /][a-zA-Z]+)*(?:\^?[23])?)?)"
+NUMBER = re.compile(NUMBER)
 MEASURE = r"°[CF]?|[cdkm]?m|in|ft|mi|yd|lb|k?g|h|s|min|m?L|mph|mol|[kM]?(?:Hz|Pa|J|W)|[NVAKΩ]"
 COUNTED = r"(?![a-z]*illion|thousand|hundred|dozen|hal[fv]|third|[efnst][a-z]*ths|cubed)[a-z]{4,}"
 COUNTED += r"|(?![万亿千百十成折多倍])[一-鿿]{1,2}"
@@ -104,9 +101,8 @@ PROSE = r"[*/^!_]|\\times|\\cdot|[a-zA-Z ]+$|.*(?<![\\a-zA-Z{])[a-zA-Z]+(?:(?<=[
 EXPRESSION = re.compile(rf"(?!{PROSE})(?:\\[a-zA-Z\\]|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
 FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])"
 SYMBOL = re.compile(FUNCTION + r"|(\\[a-zA-Z]+|[a-zA-Z=!°±∞])")  # variables, signs and =
-# The child's program: a fresh interpreter, ready in a second. It answers each [seconds, pairs] twice,
-# when it begins and when it knows. The watchdog is a thread in C: it ends the child in the middle of
-# \sin(9^{9^{9}}), and also when the parent is gone.
+# The child's program answers each [seconds, pairs] when it begins and when it knows. The watchdog is
+# a thread in C: it ends the child in the middle of \sin(9^{9^{9}}), and when the parent is gone.
 GRADING_PROCESS = r"""
 import sys; sys.path.remove("")  # the current folder: a random.py there is the user's own
 import faulthandler, json, os, signal
@@ -125,9 +121,8 @@ for line in sys.stdin:
     seconds, pairs = json.loads(line)
     faulthandler.dump_traceback_later(seconds, exit=True, file=open(os.devnull, "w"))
     print("begun", file=replies, flush=True)
-    verdict = all(map(same, pairs))
+    print(all(map(same, pairs)), file=replies, flush=True)
     faulthandler.cancel_dump_traceback_later()
-    print(verdict, file=replies, flush=True)
 """
 GRADING_LOCK = threading.Lock()
 
@@ -140,11 +135,10 @@ def tidy(answer: str) -> str:
             answer = inside.rpartition(closer)[0] or inside
     if len(answer) > MAX_ANSWER_CHARS:
         return answer.strip()
-    if not answer.isascii():  # Cf: zero-width spaces, direction marks, soft hyphens
-        kinds = {char: unicodedata.decomposition(char).split(" ")[0] for char in answer}
-        kept = (char for char in answer if unicodedata.category(char) != "Cf")
-        answer = "".join(MARKED.get(kinds[char], "%s") % char for char in kept)
-        answer = unicodedata.normalize("NFKC", answer).translate(CHARACTERS)
+    if not answer.isascii():
+        kept = [char for char in answer if category(char) != "Cf"]  # no zero-width spaces, marks
+        marked = [MARKED.get(decomposition(char).split(" ")[0], "%s") % char for char in kept]
+        answer = normalize("NFKC", "".join(marked)).translate(CHARACTERS)
     for pattern, replacement in TIDY_RULES:
         answer = re.sub(pattern, replacement, answer)
     return answer.strip().rstrip(". ")
@@ -177,10 +171,9 @@ def same_by_rule(given: str, expected: str) -> bool | None:
     if not unit and other_unit == "%":
         return value == other / 100 or value == other and abs(value) > 1  # 0.5 is not 0.5%
     if unit == other_unit or not unit and UNIT.fullmatch(other_unit):
-        # To 12 digits where one has no exact decimal, as 3/11 has none.
-        endless = any(pow(10, 2000, number.denominator) for number in (value, other))
+        endless = any(pow(10, 2000, number.denominator) for number in (value, other))  # as 3/11
         return value == other or endless and abs(value - other) * 10**12 < abs(other)
-    return None if sorted(unit) == sorted(other_unit) or not unit else False  # 2xy, 2yx: variables
+    return None if not unit or sorted(unit) == sorted(other_unit) else False  # 2xy is 2yx
 
 
 @functools.lru_cache(maxsize=1)
@@ -204,17 +197,14 @@ def same_by_algebra(pairs: list[tuple[str, str]]) -> bool:
             grading_process(os.getpid())  # its successor imports while the model works
         if begun:
             raise TimeoutError
-    command = f"{sys.executable} -c 'import math_verify'"
-    raise RuntimeError(f"the grading process does not start; try: {command}")
+    raise RuntimeError(f"grading does not start; try: {sys.executable} -c 'import math_verify'")
 
 
 def split(text: str, separators: str) -> tuple[list[str], str]:
-    """What lies between `separators` outside of brackets, and those; [], "" if brackets do not match."""
+    """What lies between `separators` outside of brackets, and those; [] if brackets do not match."""
     pieces, found, depth = [""], "", 0
     for token in re.findall(r"\d{1,3}(?:,\d{3})+(?!\d)|.", text):
-        depth += (token in "([{") - (token in ")]}")
-        if depth < 0:
-            return [], ""
+        depth += depth >= 0 and (token in "([{") - (token in ")]}")
         if depth == 0 and token in separators:
             pieces, found, token = [*pieces, ""], found + token, ""
         pieces[-1] = (pieces[-1] + token).lstrip()
@@ -222,7 +212,7 @@ def split(text: str, separators: str) -> tuple[list[str], str]:
 
 
 @functools.lru_cache(maxsize=2**12)
-def questions(given: str, expected: str, ordered=None) -> tuple[tuple[str, str], ...] | None:
+def questions(given: str, expected: str, ordered=False) -> tuple[tuple[str, str], ...] | None:
     """What is left to ask math-verify about two tidied answers; None if they are not the same."""
     pair = [given, expected]
     names = [NAME.fullmatch(text) for text in pair]
@@ -257,10 +247,8 @@ def questions(given: str, expected: str, ordered=None) -> tuple[tuple[str, str],
         return tuple(tuple(t) for t in tries if symbols(t[0]) == symbols(t[1]))[:1] or None
     if signs.replace(";", ",") != other_signs.replace(";", ","):
         return None
-    if ordered is None:  # numbers, alternatives
-        one = len({*signs, *other_signs}) == 1 and (signs[0] != "," or re.search(r"\d|\\pi", given))
-        ordered = not one or signs[0] not in ",∨∪∩"
-    for piece in [] if ordered or len(pieces) > 20 else pieces[:]:
+    one = len({*signs, *other_signs}) == 1 and signs[0] in ",∨∪∩" and re.search(r"\d", given)
+    for piece in pieces[:20] if one and not ordered else []:  # a set
         if match := [other for other in others if questions(piece, other) == ()]:
             pieces.remove(piece), others.remove(match[0])
     asked = [questions(*both) for both in zip(pieces, others)]
