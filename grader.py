@@ -76,11 +76,11 @@ TIDY_RULES = [  # ... and patterns, in this order
     (r"(?<=\d)\^\{?[°o]\}?|\^\{?°\}?", "°"),  # 30^{\circ} -> 30°; 30º -> 30°
     (r"([\^_])\{(\w)\}", r"\1\2"),  # x^{2} -> x^2; a_{n} -> a_n
     (r"(\d) (\d+)/(\d+)", r"\1\\frac{\2}{\3}"),  # 1 1/2 -> 1\frac{1}{2}
-    (r"(?<=\d) (?=\d)", ";"),
+    (r"(?<=\d)(?<![\^_]\d) (?=\d)", ";"),
     # P(1,2) -> (1,2); \pi \approx 3.14 -> \pi; +\infty -> ∞; 5\% -> 5%
     (r"^[A-Z](?=\(.*,.*\)$)|(?<=.)≈[\d.]+$|\+(?=∞)|\\(?=%)", ""),
     # \{x|x+1<2\} -> x+1<2; [40] -> 40; (e) -> e
-    (r"^\\\{[^|,<>≤≥]+\|(.*)\\\}$|^[(\[]([^()\[\],;]*)[)\]]$", r"\1\2"),
+    (r"^\\\{\w(?:∈[^|]+)?\|(.*)\\\}$|^[(\[]([^()\[\],;]*)[)\]]$", r"\1\2"),
     # 3>x\ge 1 -> x∈[1,3); x>2 or x<1 -> x∈(2,∞)∪x∈(-∞,1); 1 or 2 -> 1,2
     (r"[^,;∨]+[>≥][^,;∨]+", lambda m: "".join(re.split("([<>≤≥])", m[0])[::-1]).translate(FLIP)),
     (INEQUALITY, lambda m: "%s∈%s%s,%s%s" % (m[3], IN[m[2]], m[1] or "-∞", m[5] or "∞", OUT[m[4]])),
@@ -115,7 +115,7 @@ def same(pair):  # numbers and decimals in expressions: to 12 digits
     read = [parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in pair]
     values = [found[0] for found in read if found and getattr(found[0], "is_number", False)]
     if len(values) < 2 or not all(value.is_finite for value in values):
-        return verify(read[1], read[0], 12, timeout_seconds=None)
+        return all(len(found) > 1 for found in read) and verify(*read[::-1], 12, timeout_seconds=None)
     return bool(abs((values[0] - values[1]).evalf(30)) <= abs(values[1].evalf(30)) / 10**12)
 for line in sys.stdin:
     seconds, pairs = json.loads(line)
@@ -236,13 +236,15 @@ def questions(given: str, expected: str, ordered=False) -> tuple[tuple[str, str]
         if all(brackets) and all(split(match[2], "")[0] for match in brackets):
             same = brackets[0].group(1, 3) == brackets[1].group(1, 3)
             return questions(*(m[2] for m in brackets), brackets[0][1] != r"\{") if same else None
-        # math-verify is asked only about expressions in the same symbols: prose has others. One of
-        # the two may leave out a unit behind a digit, a bracket or \pi, and both may leave out °.
-        tries = [pair]
-        if not re.search("sin|cos|tan", given + expected):
-            pair = [text.replace("°", "") for text in pair]
-            bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
-            tries = [pair, [bare[0], pair[1]], [pair[0], bare[1]]]
+        # math-verify is asked only about expressions in the same symbols: prose has others. It reads
+        # degrees as radians. One of the two may leave out a unit behind a digit, a bracket or \pi.
+        if re.search("sin|cos|tan", given + expected):
+            pair = [re.sub(r"(\d[\d.]*)°", r"(\1\\pi/180)", text) for text in pair]
+        pair = [text.replace("°", "") for text in pair]
+        bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
+        units = [text[len(rest) :].strip() for text, rest in zip(pair, bare)]
+        tries = [pair, (bare[0], pair[1]), (pair[0], bare[1])]
+        tries = tries if "" in units else tries[: units[0] == units[1]]
         symbols = lambda text: EXPRESSION.fullmatch(text) and {*SYMBOL.findall(text), ""} or {text}
         return tuple(tuple(t) for t in tries if symbols(t[0]) == symbols(t[1]))[:1] or None
     if signs.replace(";", ",") != other_signs.replace(";", ","):
