@@ -25,7 +25,7 @@ MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same 
 # The wrappings of other data sets: #### 72 -> 72; <think>2</think> <answer>3</answer> -> 3
 WRAPPINGS = ("</think>", "\0"), ("<answer>", "</answer>"), ("####", "\n"), (r"\boxed{", "}")
 # tidy's tables; each arrow shows what tidy makes of it in the end. What NFKC would lose: x² -> x^2
-# x₁ -> x_1; 2½ -> 2\frac{1}{2}; ①③ -> 1;3; and leaves: −3 -> -3; 9∘ -> 9°; 2√13 -> 2\sqrt{13}
+# x₁ -> x_1; 2½ -> 2\frac{1}{2}; ①③ -> 1;3; 2⁻³ -> 2^{-3}; and leaves: −3 -> -3; 9∘ -> 9°; √13 -> \sqrt{13}
 MARKED = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s", "<circle>": "(%s)"}
 CHARACTERS = dict(zip("−–—。、∘∶⁄÷", "---.,°://")) | {"¢": " cents"}
 GREEK = zip("π×√αβγθλ", r"\pi |\times |\sqrt |\alpha |\beta |\gamma |\theta |\lambda ".split("|"))
@@ -36,9 +36,8 @@ WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; < \lt; > \gt; ≠ \n
 ∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ∞ \infty; Ω \Omega; ∨ or 或; , and 和 且; \sin sin;
 \cos cos; \tan tan; \pi pi; \frac \dfrac \tfrac; ° \circ degree \degree 度; % percent; ft feet foot;
 cm centimeter centimetre 厘米; mm millimeter millimetre 毫米; m meter metre 米; dm 分米; L liter;
-km kilometer kilometre 千米; mL ml milliliter 毫升; kg kilogram 千克; g gram 克; lb pound; ms; in inch;
-h hour hr 小时; min minute 分钟; s second 秒; dollars dollar USD $ \$; euros € euro; yuan ¥ 元;
-in inches; sterling £ \pounds"""
+km kilometer kilometre 千米; mL ml milliliter 毫升; kg kilogram 千克; g gram 克; h hour hr 小时; ms;
+min minute 分钟; s second 秒; in inch inches; lb pound £ \pounds; dollars $ \$; euros €; yuan ¥ 元"""
 WORDS = {word: group.split()[0] for group in WORDS.split(";") for word in group.split()}
 WORD = r"\\?[a-zA-Z]+|小时|分钟|毫升|[厘毫千分]?[米克]|[或和且秒度元]"
 BRACES = r"(?:(?<![a-zA-Z\]}^_\\])|(?<=\d[cdkm]))\{((?:[^{}]|[\^_]\{[^{}]*\})*)\}", r"\1"
@@ -51,12 +50,12 @@ LABEL = r"[,; ]*(?<![a-zA-Z])\(\d\)[,; ]*"
 FLIP = str.maketrans(">≥<≤", "<≤>≥")
 PREFIX = r"(?i)^ *(?:the )?(?:answer|option|choice|答案|选项?)(?![a-z])(?: ?is|是|为)?[: ]*(?=.)"
 TIDY_RULES = [  # ... and patterns, in this order
-    # \$5 -> 5 dollars; £5 -> 5 sterling; $5 -> 5 dollars
+    # \$5 -> 5 dollars; £5 -> 5 lb; $5 -> 5 dollars
     (r"(\\\$|^\$(?=[^$]*$)|[£€¥]) ?(\d[\d.,]*)", lambda m: f"{m[2]} {WORDS[m[1]]} "),
     (r"\{,\}|,\\!|(?<=\d)\\,(?=\d{3}(?!\d))", ","),  # 1{,}000 -> 1,000; 1\,000 -> 1,000
     # Blanks, each in its $ or on its line: $$7$$ $$10$$ -> 7;10; $7$ $cm$ -> 7 cm
     (r"(?<=[\w})\].%])(?:\$+ +\$+|\$*\s*\n\s*\$*)(?=[^$\n]*\d)(?![\s\S]*\\end)", ";"),
-    # \textbf{C} -> C; 5\text { km} -> 5 km; 8\mathrm \pi -> 8\pi; \frac {1} {2} -> \frac{1}{2}; 2⁻³ -> 2^{-3}
+    # \textbf{C} -> C; 5\text { km} -> 5 km; 8\mathrm \pi -> 8\pi; \frac {1} {2} -> \frac{1}{2}
     (r"\\(?:text|math|mbox|number|rm|bf)[a-z]* ?(?:\{([^{}]*)\}|(?![a-zA-Z{]))", r" \1 "),
     (r"(?<=\^\{.)\}\^\{| *([{}]) *", r"\1"),
     *[BRACES] * 3,  # 30{}^\circ -> 30°; {{x}^{2}} -> x^2; 5c{{m}^{2}} -> 5cm^2
@@ -101,8 +100,8 @@ PROSE = r"[*/^!_]|\\times|\\cdot|[a-zA-Z ]+$|.*(?<![\\a-zA-Z{])[a-zA-Z]+(?:(?<=[
 EXPRESSION = re.compile(rf"(?!{PROSE})(?:\\[a-zA-Z\\]|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
 FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])"
 SYMBOL = re.compile(FUNCTION + r"|(\\[a-zA-Z]+|[a-zA-Z=!°±∞])")  # variables, signs and =
-# The child's program answers each [seconds, pairs] when it begins and when it knows. The watchdog is
-# a thread in C: it ends the child in the middle of \sin(9^{9^{9}}), and when the parent is gone.
+# The child answers each [seconds, pairs] when it begins and when it knows. The watchdog, a thread in
+# C, ends it in the middle of \sin(9^{9^{9}}) and when the parent is gone.
 GRADING_PROCESS = r"""
 import sys; sys.path.remove("")  # the current folder: a random.py there is the user's own
 import faulthandler, json, os, signal
@@ -201,7 +200,7 @@ def same_by_algebra(pairs: list[tuple[str, str]]) -> bool:
 
 
 def split(text: str, separators: str) -> tuple[list[str], str]:
-    """What lies between `separators` outside of brackets, and those; [] if brackets do not match."""
+    """What lies between `separators` outside of brackets, and those; [] if brackets mismatch."""
     pieces, found, depth = [""], "", 0
     for token in re.findall(r"\d{1,3}(?:,\d{3})+(?!\d)|.", text):
         depth += depth >= 0 and (token in "([{") - (token in ")]}")
@@ -242,9 +241,8 @@ def questions(given: str, expected: str, ordered=False) -> tuple[tuple[str, str]
             pair = [re.sub(r"(\d[\d.]*)°", r"(\1\\pi/180)", text) for text in pair]
         pair = [text.replace("°", "") for text in pair]
         bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
-        units = [text[len(rest) :].strip() for text, rest in zip(pair, bare)]
-        tries = [pair, (bare[0], pair[1]), (pair[0], bare[1])]
-        tries = tries if "" in units else tries[: units[0] == units[1]]
+        units = {text[len(rest) :].strip() for text, rest in zip(pair, bare)}
+        tries = [pair, (bare[0], pair[1]), (pair[0], bare[1])] if len({*units, ""}) < 3 else []
         symbols = lambda text: EXPRESSION.fullmatch(text) and {*SYMBOL.findall(text), ""} or {text}
         return tuple(tuple(t) for t in tries if symbols(t[0]) == symbols(t[1]))[:1] or None
     if signs.replace(";", ",") != other_signs.replace(";", ","):
