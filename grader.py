@@ -25,50 +25,48 @@ MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same 
 # The wrappings of other data sets: #### 72 -> 72; <think>2</think> <answer>3</answer> -> 3
 WRAPPINGS = ("</think>", "\0"), ("<answer>", "</answer>"), ("####", "\n"), (r"\boxed{", "}")
 # tidy's tables; each arrow shows what tidy makes of it in the end. What NFKC would lose: x² -> x^2
-# x₁ -> x_1; 2½ -> 2\frac{1}{2}; ①③ -> 1;3; 2⁻³ -> 2^{-3}; and leaves: −3 -> -3; 9∘ -> 9°; √13 -> \sqrt{13}
+# 2½ -> 2\frac{1}{2}; ①③ -> 1;3; 2⁻³ -> 2^{-3}; and what it leaves: −3 -> -3; 9∘ -> 9°; πx -> \pi x
 MARKED = {"<super>": "^{%s}", "<sub>": "_{%s}", "<fraction>": " %s", "<circle>": "(%s)"}
-CHARACTERS = dict(zip("−–—。、∘∶⁄÷", "---.,°://")) | {"¢": " cents"}
-GREEK = zip("π×√αβγθλ", r"\pi |\times |\sqrt |\alpha |\beta |\gamma |\theta |\lambda ".split("|"))
-CHARACTERS = str.maketrans(CHARACTERS | dict(GREEK))
+COMMANDS = r"\pi |\times |\sqrt |\alpha |\beta |\gamma |\theta |\lambda | cents".split("|")
+CHARACTERS = dict(zip("−–—。、∘∶⁄÷", "---.,°://")) | dict(zip("π×√αβγθλ¢", COMMANDS))
 # ... words, each group by its first, with or without s: 2 lbs -> 2 lb; 5元 -> 5yuan; x且y -> x,y
 WORDS = r"""≤ \leqslant \leq \le; ≥ \geqslant \geq \ge; < \lt; > \gt; ≠ \neq \ne; ≈ \approx; | \mid;
-→ \rightarrow \to; ∪ \cup \bigcup; ∩ \cap \bigcap; ∈ \in; ∠ \angle; △ \triangle \vartriangle; ± \pm;
-∥ \parallel; ⊥ \perp; ∅ \emptyset \varnothing; ∞ \infty; Ω \Omega; ∨ or 或; , and 和 且; \sin sin;
-\cos cos; \tan tan; \pi pi; \frac \dfrac \tfrac; ° \circ degree \degree 度; % percent; ft feet foot;
-cm centimeter centimetre 厘米; mm millimeter millimetre 毫米; m meter metre 米; dm 分米; L liter;
-km kilometer kilometre 千米; mL ml milliliter 毫升; kg kilogram 千克; g gram 克; h hour hr 小时; ms;
-min minute 分钟; s second 秒; in inch inches; lb pound £ \pounds; dollars $ \$; euros €; yuan ¥ 元"""
+→ \rightarrow \to; ∪ \cup \bigcup; ∩ \cap \bigcap; ∈ \in; ∠ \angle; △ \triangle; ± \pm; ∥ \parallel;
+⊥ \perp; ∅ \emptyset \varnothing; ∞ \infty; Ω \Omega; ∨ or 或; , and 和 且; \sin sin; \cos cos;
+\tan tan; \pi pi; \frac \dfrac \tfrac; ° \circ degree \degree 度; % percent; ft foot feet;
+cm centimeter centimetre 厘米; mm millimeter millimetre 毫米; m meter metre 米; ms; dm 分米;
+km kilometer kilometre 千米; mL ml milliliter 毫升; L liter; kg kilogram 千克; g gram 克;
+h hour hr 小时; min minute 分钟; s second 秒; in inch inches; lb pound £ \pounds; dollars $ \$;
+euros €; yuan ¥ 元"""
 WORDS = {word: group.split()[0] for group in WORDS.split(";") for word in group.split()}
 WORD = r"\\?[a-zA-Z]+|小时|分钟|毫升|[厘毫千分]?[米克]|[或和且秒度元]"
 BRACES = r"(?:(?<![a-zA-Z\]}^_\\])|(?<=\d[cdkm]))\{((?:[^{}]|[\^_]\{[^{}]*\})*)\}", r"\1"
-SPACES = r"\\(?:(?:left|right) ?\.?|q?quad|displaystyle)(?![a-zA-Z])|(?<!\\)\\[()\[\],;:! ]|\$|~|\s"
-CASES = r"(?:\\\{ *)?\\begin\{(?:cases|array)\}(?:\{\w+\})?(.*)\\end\{\w+\}"
+SPACES = r"\\(?:left\b|right\b|q?quad|displaystyle(?![a-z]))\.?|(?<!\\)\\[()\[\],;:! ]|\$|~|\s"
 INEQUALITY = r"(?<![^,;∨])(?=[^,;∨]*[<≤])(?:([^<≤,;∨]+)([<≤]))?(\\?[^\W\d]\w*)"
 INEQUALITY += r"(?:([<≤])([^<≤,;∨]+))?(?![^,;∨])"
 IN, OUT = {None: "(", "<": "(", "≤": "["}, {None: ")", "<": ")", "≤": "]"}
-LABEL = r"[,; ]*(?<![a-zA-Z])\(\d\)[,; ]*"
 FLIP = str.maketrans(">≥<≤", "<≤>≥")
 PREFIX = r"(?i)^ *(?:the )?(?:answer|option|choice|答案|选项?)(?![a-z])(?: ?is|是|为)?[: ]*(?=.)"
 TIDY_RULES = [  # ... and patterns, in this order
     # \$5 -> 5 dollars; £5 -> 5 lb; $5 -> 5 dollars
     (r"(\\\$|^\$(?=[^$]*$)|[£€¥]) ?(\d[\d.,]*)", lambda m: f"{m[2]} {WORDS[m[1]]} "),
     (r"\{,\}|,\\!|(?<=\d)\\,(?=\d{3}(?!\d))", ","),  # 1{,}000 -> 1,000; 1\,000 -> 1,000
-    # Blanks, each in its $ or on its line: $$7$$ $$10$$ -> 7;10; $7$ $cm$ -> 7 cm
+    # Blanks, each in its $ or on its line: $$\sqrt{2}$$ $$-3$$ -> \sqrt{2};-3; $7$ $cm$ -> 7 cm
     (r"(?<=[\w})\].%])(?:\$+ +\$+|\$*\s*\n\s*\$*)(?=[^$\n]*\d)(?![\s\S]*\\end)", ";"),
     # \textbf{C} -> C; 5\text { km} -> 5 km; 8\mathrm \pi -> 8\pi; \frac {1} {2} -> \frac{1}{2}
     (r"\\(?:text|math|mbox|number|rm|bf)[a-z]* ?(?:\{([^{}]*)\}|(?![a-zA-Z{]))", r" \1 "),
     (r"(?<=\^\{.)\}\^\{| *([{}]) *", r"\1"),
-    *[BRACES] * 3,  # 30{}^\circ -> 30°; {{x}^{2}} -> x^2; 5c{{m}^{2}} -> 5cm^2
+    *[BRACES] * 2,  # 30{}^\circ -> 30°; {{x}^{2}} -> x^2; 5c{{m}^{2}} -> 5cm^2
     (SPACES, " "),  # \left.x\right| -> x|; \(5\) -> 5; $5$ -> 5; 5~cm -> 5 cm
-    (CASES, lambda m: m[1].replace(r"\\", ",")),  # \begin{cases}x=1\\y=2\end{cases} -> x=1,y=2
-    # 9 sq. m -> 9 m^2; 9立方m -> 9m^3; 2 hours -> 2 h
+    (r"(\\\{)?\\begin\{(cases|array)\}(\{\w+\})?(.*)\\end.*", lambda m: m[4].replace(r"\\", ",")),
+    # \begin{cases}x\\y\end{cases} -> x,y; 9 sq. m -> 9 m^2; 9立方m -> 9m^3; 2 hours -> 2 h
     (r"(?:square|sq\b\.?|平方|(cubic|立方)) ?([^\W\d_]+)", lambda m: f"{m[2]}^{2 + bool(m[1])}"),
     (WORD, lambda m: WORDS.get(m[0]) or WORDS.get(m[0].removesuffix("s"), m[0])),
     (PREFIX, ""),  # The answer is C -> C; Option C -> C; 答案：C -> C
     (r"(?<=[A-J])[, ]+(?=[A-J])", ""),  # A, C and D -> ACD
     # Statements and numbered blanks: (2), (3) -> 2;3; 1.3.4. -> 1;3;4; (1) 5 cm (2) 6 -> 5 cm;6
     (r"^ *(?:\(\d\)[,; ]*){2,}$|^\d(?:\.\d){2,}\.?$", lambda m: ";".join(re.findall(r"\d", m[0]))),
-    (r"^ *\(1\).+\(2\).+$", lambda m: re.sub(LABEL, ";", m[0]).strip(";")),
+    (r"^ *\(1\).+\(2\).+$", lambda m: re.sub(r"[,; ]*\(\d\)[,; ]*", ";", m[0]).strip(";")),
     (r"^ +| +$|(?<= ) +", ""),  # one stays, for 4 2 is not 42 but a list: 4  2 -> 4;2
     (r" ?([^\w\s,.]) ?", r"\1"),  # x + 1 = 3 -> x+1=3
     (r"\\?sqrt ?(?:\(([^()]*)\)|(\d+(?:\.\d+)?|\w))", r"\\sqrt{\1\2}"),  # sqrt(3) -> \sqrt{3}
@@ -96,12 +94,12 @@ COUNTED += r"|(?![万亿千百十成折多倍])[一-鿿]{1,2}"
 UNIT = re.compile(rf"(?:{MEASURE}|{COUNTED})(?:/(?:{MEASURE}))?(?:\^?[23])?")  # may be left out
 CHOICE = re.compile(r"\(?([A-J])(?!.*\b[A-J]\b)(?:[.,:)]+ ?(.*))?")  # and the text of the option
 NAME = re.compile(r"((?!\d)(?:[\w∠△ '\\()]|\{[^{}=]*\})+[=∈])(?! ?[a-zA-Z ]+$)([^∠△=]+)")  # x=5
-PROSE = r"[*/^!_]|\\times|\\cdot|[a-zA-Z ]+$|.*(?<![\\a-zA-Z{])[a-zA-Z]+(?:(?<=[a-zA-Z]{4})| ?\d)"
+PROSE = r"[*/^!_]|\\times|\\cdot|[a-zA-Z ]+$|.*(?<![\\a-zA-Z{])[a-zA-Z]+((?<=[a-zA-Z]{4})| ?\d)"
 EXPRESSION = re.compile(rf"(?!{PROSE})(?:\\[a-zA-Z\\]|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
 FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])"
 SYMBOL = re.compile(FUNCTION + r"|(\\[a-zA-Z]+|[a-zA-Z=!°±∞])")  # variables, signs and =
-# The child answers each [seconds, pairs] when it begins and when it knows. The watchdog, a thread in
-# C, ends it in the middle of \sin(9^{9^{9}}) and when the parent is gone.
+# The child answers each [seconds, pairs] when it begins and when it knows. The watchdog, a thread
+# in C, ends it in the middle of \sin(9^{9^{9}}) and when the parent is gone.
 GRADING_PROCESS = r"""
 import sys; sys.path.remove("")  # the current folder: a random.py there is the user's own
 import faulthandler, json, os, signal
@@ -112,9 +110,10 @@ if sys.platform == "linux":  # 2 GiB of memory
     import resource; resource.setrlimit(resource.RLIMIT_AS, (2**31, 2**31))
 def same(pair):  # numbers and decimals in expressions: to 12 digits
     read = [parse(rf"\boxed{{{text}}}", parsing_timeout=None) for text in pair]
-    values = [found[0] for found in read if found and getattr(found[0], "is_number", False)]
+    if min(map(len, read)) < 2: return False  # not understood
+    values = [found[0] for found in read if getattr(found[0], "is_number", False)]
     if len(values) < 2 or not all(value.is_finite for value in values):
-        return all(len(found) > 1 for found in read) and verify(*read[::-1], 12, timeout_seconds=None)
+        return verify(*read[::-1], 12, timeout_seconds=None)
     return bool(abs((values[0] - values[1]).evalf(30)) <= abs(values[1].evalf(30)) / 10**12)
 for line in sys.stdin:
     seconds, pairs = json.loads(line)
@@ -129,15 +128,14 @@ GRADING_LOCK = threading.Lock()
 def tidy(answer: str) -> str:
     r"""`answer` in one spelling: without wrappings, $, \text and a full stop at the end."""
     for opener, closer in WRAPPINGS:
-        if opener in answer:
-            inside = answer.rpartition(opener)[2]
-            answer = inside.rpartition(closer)[0] or inside
+        _, found, inside = answer.rpartition(opener)
+        answer = (inside.rpartition(closer)[0] or inside) if found else answer
     if len(answer) > MAX_ANSWER_CHARS:
         return answer.strip()
     if not answer.isascii():
         kept = [char for char in answer if category(char) != "Cf"]  # no zero-width spaces, marks
         marked = [MARKED.get(decomposition(char).split(" ")[0], "%s") % char for char in kept]
-        answer = normalize("NFKC", "".join(marked)).translate(CHARACTERS)
+        answer = normalize("NFKC", "".join(marked)).translate(str.maketrans(CHARACTERS))
     for pattern, replacement in TIDY_RULES:
         answer = re.sub(pattern, replacement, answer)
     return answer.strip().rstrip(". ")
@@ -213,8 +211,7 @@ def split(text: str, separators: str) -> tuple[list[str], str]:
 @functools.lru_cache(maxsize=2**12)
 def questions(given: str, expected: str, ordered=False) -> tuple[tuple[str, str], ...] | None:
     """What is left to ask math-verify about two tidied answers; None if they are not the same."""
-    pair = [given, expected]
-    names = [NAME.fullmatch(text) for text in pair]
+    pair, names = [given, expected], [NAME.fullmatch(text) for text in (given, expected)]
     # A name may be left out, or is the same: x=5 is 5, and y=5 is not x=5
     if all(names) and names[0][1] == names[1][1] or not all(re.search("[=∈]", t) for t in pair):
         pair = [name[2].strip() if name else text for name, text in zip(names, pair)]
@@ -235,11 +232,10 @@ def questions(given: str, expected: str, ordered=False) -> tuple[tuple[str, str]
         if all(brackets) and all(split(match[2], "")[0] for match in brackets):
             same = brackets[0].group(1, 3) == brackets[1].group(1, 3)
             return questions(*(m[2] for m in brackets), brackets[0][1] != r"\{") if same else None
-        # math-verify is asked only about expressions in the same symbols: prose has others. It reads
-        # degrees as radians. One of the two may leave out a unit behind a digit, a bracket or \pi.
-        if re.search("sin|cos|tan", given + expected):
-            pair = [re.sub(r"(\d[\d.]*)°", r"(\1\\pi/180)", text) for text in pair]
-        pair = [text.replace("°", "") for text in pair]
+        # math-verify is asked only about the same symbols: prose has others. It reads degrees as
+        # radians. One of the two may leave out a unit behind a digit, a bracket or \pi.
+        angle = r"(\1\\pi/180)" if re.search("sin|cos|tan", given + expected) else r"\1"
+        pair = [re.sub(r"(\d[\d.]*)°", angle, text) for text in pair]
         bare = [re.sub(rf"(?<=[\d)}}i]) ?(?:{UNIT.pattern})$", "", text) for text in pair]
         units = {text[len(rest) :].strip() for text, rest in zip(pair, bare)}
         tries = [pair, (bare[0], pair[1]), (pair[0], bare[1])] if len({*units, ""}) < 3 else []
