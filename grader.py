@@ -97,7 +97,7 @@ NAME = re.compile(r"((?!\d)(?:[\w∠△ '\\()]|\{[^{}=]*\})+[=∈])(?! ?[a-zA-Z 
 PROSE = r"[*/^!_]|\\times|\\cdot|[a-zA-Z ]+$|.*(?<![\\a-zA-Z{])[a-zA-Z]+((?<=[a-zA-Z]{4})| ?\d)"
 EXPRESSION = re.compile(rf"(?!{PROSE})(?:\\[a-zA-Z\\]|[\w .+\-*/^(){{}}|!&=°±∞])+", re.A)
 FUNCTION = r"\\(?:frac|sqrt|pi|sin|cos|tan|log|ln|times|cdot)(?![a-zA-Z])"
-SYMBOL = re.compile(FUNCTION + r"|(\\[a-zA-Z]+|[a-zA-Z=!°±∞])")  # variables, signs and =
+SYMBOL = re.compile(FUNCTION + r"|(\\[a-zA-Z]+|[a-zA-Z](?:\([^()]*\)(?==))?|[=!°±∞])")  # x, f(1)=
 # The child answers each [seconds, pairs] when it begins and when it knows. The watchdog, a thread
 # in C, ends it in the middle of \sin(9^{9^{9}}) and when the parent is gone.
 GRADING_PROCESS = r"""
