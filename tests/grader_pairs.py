@@ -3,7 +3,9 @@ as its users do:
 
     pip install mathruler pylatexenc tqdm && python tests/grader_pairs.py
 
-grader_pairs.tsv is split by a checksum: the rules saw the tuned half only, `unseen` came after."""
+grader_pairs.tsv is split by a checksum: the rules were written on the tuned halves only, `unseen` was
+written after those of the first part; `styles` are those of real gold answers, written before the
+rules for them."""
 
 import sys
 import zlib
@@ -11,20 +13,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from grader import answers_match
-
 
 def labelled_pairs() -> dict[str, list[tuple[str, str, bool]]]:
-    """{"tuned", "held out", "unseen": [(boxed answer, answer of the data set, whether they
-    agree)]}"""
-    parts, unseen = {"tuned": [], "held out": [], "unseen": []}, False
+    """{part: [(boxed answer, answer of the data set, whether they agree)]}; ⏎ is a new line."""
+    parts, section = {}, ""
     for line in Path(__file__).with_suffix(".tsv").read_text(encoding="utf-8").splitlines():
-        unseen = unseen or line == "# unseen"
+        section = line[2:] if line in ("# unseen", "# styles") else section
         if line[0] != "#":
-            label, given, expected = line.split("\t")
+            label, given, expected = line.replace("⏎", "\n").split("\t")
             odd = zlib.crc32(f"{given}\t{expected}".encode()) % 2
-            part = "unseen" if unseen else "held out" if odd else "tuned"
-            parts[part].append((given, expected, label == "+"))
+            part = section if section == "unseen" else f"{section} {['tuned', 'held out'][odd]}"
+            parts.setdefault(part.strip(), []).append((given, expected, label == "+"))
     return parts
 
 
@@ -34,6 +33,12 @@ def rates(grade, pairs) -> tuple[float, float]:
     accepted = [verdict for verdict, same in verdicts if not same]
     right = sum(verdict == same for verdict, same in verdicts)
     return right / len(verdicts), sum(accepted) / len(accepted)
+
+
+def this_one(given: str, expected: str) -> bool:
+    from grader import answers_match
+
+    return answers_match(given, expected)
 
 
 def math_verify(given: str, expected: str) -> bool:
@@ -54,11 +59,10 @@ if __name__ == "__main__":
     print("right verdicts / wrong answers accepted")
     print("| grader | " + " | ".join(f"{name} ({len(p)})" for name, p in parts.items()) + " |")
     print("|---" * (1 + len(parts)) + "|")
-    graders = {"this one": answers_match, "math-verify": math_verify, "mathruler": mathruler}
-    for grader, grade in graders.items():
+    for grade in (this_one, math_verify, mathruler):
         try:
             found = [rates(grade, pairs) for pairs in parts.values()]
             cells = [f"{right:.1%} / {accepted:.1%}" for right, accepted in found]
         except ImportError as error:
             cells = [f"not installed: {error.name}"]
-        print(f"| {grader} | " + " | ".join(cells) + " |")
+        print(f"| {grade.__name__.replace('_', ' ')} | " + " | ".join(cells) + " |")
