@@ -195,7 +195,9 @@ def test_no_edit_of_one_character_is_accepted():
     }
     accepted = {e for e in edited if e[1] != e[2] and answers_match(*e[1:])}
     known = lambda kind: f"{BEFORE_THE_ANSWER}|{SAME_AFTER.get(kind, '$^')}"
-    assert len(edited) > 1000 and {e for e in accepted if not re.fullmatch(known(e[0]), e[1])} == set()
+    assert (
+        len(edited) > 1000 and {e for e in accepted if not re.fullmatch(known(e[0]), e[1])} == set()
+    )
 
 
 def test_order_of_the_two_answers_does_not_count():
