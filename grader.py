@@ -84,6 +84,7 @@ TIDY_RULES = [  # ... and patterns, in this order
     (r"(?<=[)\]])∨", "∪"),
     (r"^[^≠]*$", lambda m: m[0].replace("∨", ",")),
 ]
+TIDY_RULES = [(re.compile(pattern), replacement) for pattern, replacement in TIDY_RULES]
 # The patterns; tests/test_grader.py shows what each fits and does not.
 DECIMAL = r"[+-]?(?=\.?\d)(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?(?:[eE][+-]?\d{1,3})?"
 NUMBER = rf"({DECIMAL})(?:/({DECIMAL}))? ?((?:(?:[^\W\d_]|[%°])+(?:[ /][a-zA-Z]+)*(?:\^?[23])?)?)"
@@ -137,7 +138,7 @@ def tidy(answer: str) -> str:
         marked = [MARKED.get(decomposition(char).split(" ")[0], "%s") % char for char in kept]
         answer = normalize("NFKC", "".join(marked)).translate(str.maketrans(CHARACTERS))
     for pattern, replacement in TIDY_RULES:
-        answer = re.sub(pattern, replacement, answer)
+        answer = pattern.sub(replacement, answer)
     return answer.strip().rstrip(". ")
 
 
@@ -262,8 +263,7 @@ def same_answer(given: str, expected: str) -> bool:
 
 
 def answers_match(given: str, expected: str) -> bool:
-    """Whether two answers mean the same. Any strings will do; takes about GRADE_TIMEOUT at worst.
-    RuntimeError if no process with math-verify can be started: a silent "wrong" would be worse."""
+    """Whether two strings mean the same; takes about GRADE_TIMEOUT at worst."""
     try:
         return same_answer(given, expected)
     except (TimeoutError, RecursionError):  # not shown to be right
