@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import picture, random_responses, shift_logits, stock_score, two_prompts
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import papo
 from papo import PAPOConfig, papo_loss, papo_step, roll_out, score_constants, split_batch
@@ -221,17 +222,48 @@ def test_score_constants(one_vlm):
     assert all(group.ref_logps is None and group.old_logps is None for group in groups)
 
 
+<<<<<<< HEAD
 def test_split_group_covers_once_in_order_within_budget():
+=======
+# --- splitting ----------------------------------------------------------------------------------
+
+
+def test_split_group_covers_once_in_order_within_budget(one_vlm):
+>>>>>>> gpu
     """Runs of responses, each with the prompt within tokens_per_forward, or a single response; none
     could take in the next."""
-    prompt = {"input_ids": torch.zeros(1, 10)}
+    model, prompt = one_vlm[0], {"input_ids": torch.zeros(1, 10)}
     for seed, budget in itertools.product(range(20), (1, 12, 15, 20, 30, 1000)):
         lengths = torch.randint(1, 9, (1 + seed % 7,), generator=seeded(seed)).tolist()
         config, responses = PAPOConfig(tokens_per_forward=budget), list(map(torch.zeros, lengths))
-        parts = [lengths[part] for part in papo.split_group(config, prompt, responses)]
+        parts = [lengths[part] for part in papo.split_group(config, prompt, responses, model)]
         assert sum(parts, []) == lengths and all(parts)
         assert all(10 + sum(part) <= budget or len(part) == 1 for part in parts)
         assert all(10 + sum(part) + after[0] > budget for part, after in zip(parts, parts[1:]))
+
+
+@pytest.mark.parametrize("n", [20, 33, 70, 400])
+def test_split_group_takes_the_cheapest_run(one_vlm, n):
+    """By the multiplications counted in rows of two lengths: of all numbers of responses of n
+    tokens in a row, the cheapest a response, with 500 tokens for a row's launches. A row with an
+    image to encode holds more."""
+    model, P, G = one_vlm[0], 400, 60
+    model.set_attn_implementation("eager")  # whose products the counter sees
+
+    def count(L):
+        row = torch.zeros(1, L, model.config.text_config.hidden_size)  # (1, L, H)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.model.language_model(inputs_embeds=row)
+        return counter.get_total_flops()
+
+    b = (count(200) - 2 * count(100)) / 20_000
+    a = count(100) / 100 - 100 * b
+    cost = lambda m: (a * (P + m * n + 500) + b * (P + m * n) ** 2) / m
+    prompt, responses = {"input_ids": torch.zeros(1, P)}, [torch.zeros(n)] * G
+    runs = lambda given: papo.split_group(PAPOConfig(), given, responses, model)
+    assert runs(prompt)[0] == slice(0, min(range(1, G + 1), key=cost))
+    pixels = torch.zeros(2000, 1176)  # (patches, values)
+    assert len(runs(prompt | {"pixel_values": pixels})) < len(runs(prompt))
 
 
 def test_split_batch_covers_once_in_order():
