@@ -627,12 +627,6 @@ def split_batch(config, groups) -> list[list[Group]]:
     return [groups[n * i // count : n * (i + 1) // count] for i in range(count)]
 
 
-<<<<<<< HEAD
-def split_group(config, prompt, responses) -> list[slice]:
-    """Cut a group's responses into runs that fit into rows of tokens_per_forward with the prompt.
-    A response too long for that is a run of its own."""
-    budget = config.tokens_per_forward - prompt["input_ids"].shape[1]
-=======
 def split_group(config, prompt, responses, model) -> list[slice]:
     """Cut a group's responses into runs, each of which is one row with the prompt of at most
     tokens_per_forward. A response too long for that is a run of its own.
@@ -646,7 +640,6 @@ def split_group(config, prompt, responses, model) -> list[slice]:
     image = weights(model.model.visual) * len(prompt.get("pixel_values", ()))
     score = 2 * len(layers) * layers[0].self_attn.o_proj.in_features  # b: q k, and weight v
     one_more_row = P**2 + (weights(layers) * (P + 500) + image) / score
->>>>>>> gpu
     starts, used = [0], 0
     for i, n in enumerate(map(len, responses)):
         too_long = P + used + n > config.tokens_per_forward

@@ -222,14 +222,10 @@ def test_score_constants(one_vlm):
     assert all(group.ref_logps is None and group.old_logps is None for group in groups)
 
 
-<<<<<<< HEAD
-def test_split_group_covers_once_in_order_within_budget():
-=======
 # --- splitting ----------------------------------------------------------------------------------
 
 
 def test_split_group_covers_once_in_order_within_budget(one_vlm):
->>>>>>> gpu
     """Runs of responses, each with the prompt within tokens_per_forward, or a single response; none
     could take in the next."""
     model, prompt = one_vlm[0], {"input_ids": torch.zeros(1, 10)}
