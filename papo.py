@@ -306,8 +306,8 @@ def compute_reward(response: str, answer: str, format_weight: float = 0.1) -> di
     r"""Reward of a response, as [2]: (1 - format_weight) * accuracy + format_weight * format.
 
     accuracy is 1.0 if the last \boxed{...} of the response means the same as `answer`, format is
-    1.0 if the response follows the format, else 0.0. With format_weight in [0, 1] the reward lies
-    in [0, 1]. Any strings will do, hostile ones included. A reward of your own (roll_out's
+    1.0 if the response follows the format, else 0.0. Unevaluated arithmetic counts as its value, as
+    in math-verify. Any strings will do, hostile ones included. A reward of your own (roll_out's
     `reward`) is called alike and returns at least "reward" and "accuracy"."""
     boxed = extract_boxed(response)
     accuracy = float(boxed is not None and answers_match(boxed, answer))

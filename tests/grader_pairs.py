@@ -1,11 +1,11 @@
-"""The grader on labelled pairs, beside math-verify and mathruler where they are installed, each called
-as its users do:
+"""The grader on labelled pairs, beside math-verify and mathruler where they are installed, each
+called as its users do:
 
     pip install mathruler pylatexenc tqdm && python tests/grader_pairs.py
 
-grader_pairs.tsv is split by a checksum: the rules were written on the tuned halves only, `unseen` was
-written after those of the first part; `styles` are those of real gold answers, written before the
-rules for them."""
+grader_pairs.tsv is split by a checksum: the rules were written on the tuned halves only. `unseen`
+was written after those of the first part; `styles`, in the style of real gold answers, before
+theirs."""
 
 import sys
 import zlib

@@ -82,6 +82,7 @@ HOSTILE = [
     "1" * 500 + "/" + "7" * 499, "٣", "\ud800", "\x00", "{", "}", "\\", r"\frac{1}{", r"\frac{}{}",
     r"\text{" * 150, "√" * 1000, ", " * 500, "1," * 500, "1 " * 500, "$" * 999, "(" * 999,
     "A" * 300_000, " " * 300_000, r"\boxed{" * 40_000, r"\abcdefgh" * 50 + "?",
+    r"\{1,x," * 140 + r"\}" * 140, "(1,(" * 200 + "1" + "))" * 200, "1,x" * 333, "x<1 or " * 140,
     r"\abcdefgh" * 50 + "=?", r"\{," * 333, "__import__('os')._exit(1)", "import os",
 ]  # fmt: skip
 
@@ -91,6 +92,9 @@ def nothing_is_remembered():
     grader.same_answer.cache_clear()
 
 
+# --- verdicts -----------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("table, same", [(ACCEPT, True), (REJECT, False)], ids=["same", "not"])
 def test_what_means_the_same_and_what_does_not(table, same):
     assert len(table) > 90 and [pair for pair in table if answers_match(*pair) != same] == []
@@ -98,7 +102,7 @@ def test_what_means_the_same_and_what_does_not(table, same):
 
 @pytest.mark.parametrize("part", labelled_pairs())
 def test_labelled_pairs(part):
-    """The rules were written on the tuned half alone; the other two say what they are worth."""
+    """The rules were written on the tuned halves alone; the others say what they are worth."""
     pairs = labelled_pairs()[part]
     right, accepted = rates(answers_match, pairs)
     assert len(pairs) >= 60 and right >= 0.92 and accepted <= 0.03, (right, accepted)
@@ -195,9 +199,8 @@ def test_no_edit_of_one_character_is_accepted():
     }
     accepted = {e for e in edited if e[1] != e[2] and answers_match(*e[1:])}
     known = lambda kind: f"{BEFORE_THE_ANSWER}|{SAME_AFTER.get(kind, '$^')}"
-    assert (
-        len(edited) > 1000 and {e for e in accepted if not re.fullmatch(known(e[0]), e[1])} == set()
-    )
+    assert len(edited) > 1000
+    assert [e for e in accepted if not re.fullmatch(known(e[0]), e[1])] == []
 
 
 def test_order_of_the_two_answers_does_not_count():
@@ -216,6 +219,8 @@ def test_random_numbers_are_exact():
         assert answers_match(f"{a:,}.00", str(a))
         assert not answers_match(f"{a}." + "0" * 29 + "1", str(a))
 
+
+# --- hostile answers ----------------------------------------------------------------------------
 
 SHORT = 0.4  # seconds
 
@@ -256,6 +261,9 @@ def test_rules_are_quick_and_never_raise():
         assert grader.same_by_rule(given, expected) in (True, False, None)
         grader.parse_number(given)
         assert time.perf_counter() - start < 0.5
+
+
+# --- the child ----------------------------------------------------------------------------------
 
 
 def grading_child() -> psutil.Process:
