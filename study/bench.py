@@ -1,5 +1,6 @@
 """Ratios of time and memory, side by side in one run: `python -m study.bench` prints what the
-README quotes, in minutes on 2 CPU cores; with --trl one table more.
+README quotes, in minutes on 2 CPU cores; with --trl one table more. `--gpu` measures one batch of a
+3B model on a GPU instead: seconds, MFU and memory (section 6).
 
 How to read them. Every number is a ratio of two ways to do the same work in this process: one call
 of each in turn, and the median of the pairs' ratios, with the smallest and the largest in brackets.
@@ -18,11 +19,14 @@ Shapes: G responses a group, P prompt tokens, |o| tokens of a response, L row le
 
 import argparse
 import copy
+import gc
 import itertools
+import json
+import math
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -37,13 +41,15 @@ from transformers import GenerationConfig, PrinterCallback, TrainerCallback
 
 import papo
 import toy
-from program.memory import peak_memory
+from program import SAMPLES
+from program.memory import estimate_memory, peak_memory
 from train_small import RunConfig, Trainer, parse_args
 
 # --- 1. Measuring ---------------------------------------------------------------------------------
 
 PAIRS, BUDGET = 5, 6.0  # pairs for a ratio; at least 3, no more once they took so many seconds
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+device_name = lambda: torch.cuda.get_device_name() if DEVICE.type == "cuda" else "one CPU thread"
 
 
 def start_clock():
@@ -111,30 +117,31 @@ class Work:
         return [{"images": [Image.fromarray(x)], "problem": question, "answer": "7"} for x in noise]
 
     def prompts(self, count) -> list:
-        rows = self.rows(count)
-        return [
-            papo.encode_prompt(self.processor, row["problem"], row["images"][0]) for row in rows
-        ]
+        encode = lambda row: papo.encode_prompt(self.processor, row["problem"], row["images"])
+        return list(map(encode, self.rows(count)))
 
 
-def miniature_3b(processor, shrink, layers=2):
-    """Qwen2.5-VL-3B's proportions with few layers, widths and vocabulary divided by `shrink`."""
-    model = toy.toy_model(processor)
+def qwen_3b(processor, shrink=1, layers=(36, 32), dtype=torch.float32):
+    """Qwen2.5-VL-3B at random weights on the device; widths and vocabulary divided by `shrink`, so
+    many layers in the language model and in the vision tower."""
+    model, (depth, vision_depth) = toy.toy_model(processor), layers
     config = model.config.to_dict()
     text = dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008)
-    text |= dict(num_attention_heads=16)
+    text |= dict(num_attention_heads=16, num_key_value_heads=2)
     vision = dict(hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048)
-    shrunk = lambda sizes: {name: size // shrink for name, size in sizes.items()}
+    shrunk = lambda sizes: {name: max(1, size // shrink) for name, size in sizes.items()}
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text = shrunk(text) | dict(num_hidden_layers=layers, num_key_value_heads=1, layer_types=None)
+    text = shrunk(text) | dict(num_hidden_layers=depth, layer_types=None)
     text |= dict(initializer_range=0.02, rope_parameters=rope)
-    vision = shrunk(vision)
-    vision |= dict(depth=layers, fullatt_block_indexes=[layers - 1], initializer_range=0.02)
+    whole = list(range(min(7, vision_depth - 1), vision_depth, 8))  # layers without windows
+    vision = shrunk(vision) | dict(depth=vision_depth, fullatt_block_indexes=whole)
     config["text_config"] |= text
-    config["vision_config"] |= vision
-    with torch.random.fork_rng(devices=[]):
+    config["vision_config"] |= vision | dict(initializer_range=0.02)
+    with torch.random.fork_rng(devices=[]), torch.device(DEVICE):
         torch.manual_seed(0)
-        return type(model)(type(model.config)(**config))
+        model = type(model)._from_config(type(model.config)(**config), dtype=dtype)
+    model.generation_config = GenerationConfig()  # it would list another end token
+    return model.eval()
 
 
 def make_works() -> list[Work]:
@@ -143,11 +150,11 @@ def make_works() -> list[Work]:
     large.image_processor.size["longest_edge"] = 448 * 448
     for processor in (small, large):
         processor.tokenizer.eos_token = "<|video_pad|>"
-    large_3b = miniature_3b(large, 1 if DEVICE.type == "cuda" else 8)
+    large_3b = qwen_3b(large, 1 if DEVICE.type == "cuda" else 8, layers=(2, 2))
     works = [
         Work("embedded world", toy.toy_model(small).to(DEVICE), small, (4 * toy.SIDE, toy.SIDE)),
         Work("448 x 448", toy.toy_model(large).to(DEVICE), large, (448, 448)),
-        Work("3B in miniature", large_3b.to(DEVICE), large, (448, 448)),
+        Work("3B in miniature", large_3b, large, (448, 448)),
     ]
     for work in works:
         work.model.generation_config = GenerationConfig()  # it would list another end token
@@ -252,13 +259,8 @@ def trl_trainer(work, questions, tokens, folder):
     config, _, args = papo_trl.parse_args([f"--{name}={value}" for name, value in flags.items()])
     work.model.save_pretrained(folder)  # where TRL finds the reference policy
     rows = [row | {"row": i} for i, row in enumerate(work.rows(questions))] * (PAIRS + 1)
-    trainer = papo_trl.PAPOTrainer(
-        type(work.model).from_pretrained(folder),
-        config,
-        args,
-        work.processor,
-        train_dataset=datasets.Dataset.from_list(rows),
-    )
+    given = type(work.model).from_pretrained(folder), config, args, work.processor
+    trainer = papo_trl.PAPOTrainer(*given, train_dataset=datasets.Dataset.from_list(rows))
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -296,14 +298,9 @@ def generate(model, processor, prompts, G, tokens):
     """What sample_groups samples, by transformers' loop; prompts of one length. -> (n G, |o|)"""
     stack = lambda name: torch.cat([prompt[name] for prompt in prompts]).to(model.device)
     inputs = {name: stack(name) for name in prompts[0]}
-    settings = GenerationConfig(
-        do_sample=True,
-        top_k=0,
-        num_return_sequences=G,
-        max_new_tokens=tokens,
-        suppress_tokens=papo.vision_token_ids(model),
-        pad_token_id=processor.tokenizer.pad_token_id,
-    )
+    settings = dict(do_sample=True, top_k=0, num_return_sequences=G, max_new_tokens=tokens)
+    settings |= dict(suppress_tokens=papo.vision_token_ids(model))
+    settings = GenerationConfig(**settings, pad_token_id=processor.tokenizer.pad_token_id)
     with torch.no_grad():
         out = model.generate(**inputs, generation_config=settings)  # (n G, P + tokens)
     return out[:, inputs["input_ids"].shape[1] :]
@@ -347,6 +344,161 @@ def head_memory():
     yield "1,024", "151,936", f"{ours / theirs:.2f}", f"{ours:.2f} of {theirs:.2f} GiB"
 
 
+# --- 6. One batch of a 3B model on a GPU ----------------------------------------------------------
+
+SIZES = {  # qwen_3b's shrink and layers, image's sides, tokens of a response, most questions
+    "3b": (1, (36, 32), (896, 1120), 512, 16),  # 1,280 visual tokens
+    "tiny": (16, (2, 2), (112, 168), 8, 3),  # the same in seconds on a CPU
+}
+# Dense bf16 TFLOP/s of cards, by a part of their names.
+PEAKS = {"H100": 989, "H200": 989, "A100": 312, "L40S": 362, "RTX 4090": 165, "RTX 3090": 71}
+GPU_COLUMNS = "setting, method, phase, seconds, tokens/s, MFU %, peak GiB, estimate, responses/s"
+GPU_COLUMNS = [*GPU_COLUMNS.split(", "), "over GRPO"]
+
+
+def matrices(part, trained=False) -> int:
+    """Numbers in a part's matrices: multiplications that a token costs in them."""
+    each = part.parameters()
+    return sum(p.numel() for p in each if p.dim() > 1 and (p.requires_grad or not trained))
+
+
+def text_flops(model, tokens, scores, predictions):
+    """The language model's FLOPs (forward, backward) over so many tokens, pairs of a token and one
+    it attends to, and tokens that the head predicts. Backward, a matrix costs once for its input's
+    gradient and, where it is trained, once for its own; the scores cost twice."""
+    layers, head = model.model.language_model.layers, model.get_output_embeddings()
+    attention = 4 * scores * len(layers) * layers[0].self_attn.o_proj.in_features  # q k, weight v
+    cost = lambda *kind: tokens * matrices(layers, *kind) + predictions * matrices(head, *kind)
+    return 2 * cost() + attention, 2 * (cost() + cost(True)) + 2 * attention
+
+
+def vision_flops(model, grid):
+    """The vision tower's FLOPs for an image of (time, height, width) patches: forward, backward
+    where it is trained, and what gradient checkpointing computes again."""
+    tower, (_, height, width) = model.model.visual, grid
+    config, patches = tower.config, height * width
+    side = config.window_size // config.patch_size
+    squares = lambda n: sum(min(side, n - i) ** 2 for i in range(0, n, side))
+    whole = len(config.fullatt_block_indexes)
+    scores = whole * patches**2 + (config.depth - whole) * squares(height) * squares(width)
+    blocks = 2 * patches * matrices(tower.blocks) + 4 * config.hidden_size * scores
+    merger = 2 * patches // config.spatial_merge_size**2 * matrices(tower.merger)
+    embed = 2 * patches * matrices(tower.patch_embed)  # pixels need no gradient
+    return embed + blocks + merger, embed + 2 * (blocks + merger), blocks
+
+
+def phase_flops(model, config, P, grid) -> dict:
+    """FLOPs that the method needs in each phase: scores that are masked and activations that are
+    computed again do not count. eta2 = 0: the masked pass has no backward."""
+    n, G, T = config.prompts_per_batch, config.group_size, config.max_new_tokens
+    looks = 1 + (config.gamma > 0)
+    seen, seen_back, _ = vision_flops(model, grid)
+    trained = matrices(model.model.visual, True) > 0  # else an image is encoded once, in sampling
+    prefill, _ = text_flops(model, P, visible_scores(P, []), 1)
+    decode, _ = text_flops(model, G * (T - 1), G * sum(range(P + 1, P + T)), G * (T - 1))
+    row, row_back = text_flops(model, P + G * T, visible_scores(P, [T] * G), G * T)
+    row += trained * seen
+    constants = n * (config.beta > 0) + n - len(papo.split_batch(config, range(n))[0])
+    sample = n * (prefill + decode + seen * (1 if trained else looks))
+    score, update = constants * row, n * (looks * row + row_back + trained * seen_back)
+    return dict(sample=sample, score=score, update=update, step=sample + score + update)
+
+
+def gpu_run(memory, size):
+    """A Trainer with --gpu-memory's settings, rows with prompts of P tokens, P, the image's grid of
+    patches, and the estimated peak in GiB."""
+    shrink, layers, image, tokens, most = SIZES[size]
+    processor = toy.toy_processor()
+    processor.tokenizer.eos_token = "<|video_pad|>"  # never sampled
+    processor.image_processor.size["longest_edge"] = image[0] * image[1]
+    config, run = parse_args(f"--model=x --dataset=y --gpu-memory={memory}".split())
+    run.max_pixels, n = image[0] * image[1], min(most, config.prompts_per_sample)
+    model = qwen_3b(processor, shrink, layers, torch.bfloat16)
+    rows = Work(size, model, processor, image).rows(n)
+    for row in rows:
+        prompt = papo.encode_prompt(processor, row["problem"], row["images"][0])
+        ids, grid = prompt["input_ids"], prompt["image_grid_thw"][0].tolist()  # (1, P)
+        P = int((ids == model.config.image_token_id).sum()) + 256  # tokens of text
+        ids = torch.cat([ids[:, :1].expand(1, P - ids.shape[1]), ids], 1)  # (1, P)
+        row["prompt"] = {**prompt, "input_ids": ids}
+    sizes = dict(max_new_tokens=tokens, prompts_per_batch=n, prompts_per_sample=n)
+    config = replace(config, tokens_per_forward=P + config.group_size * tokens, **sizes)
+    asked = n * config.group_size / SAMPLES  # the estimate counts an evaluation's answers
+    estimate = estimate_memory(model, replace(config, prompts_per_sample=asked), run)["peak"]
+    return Trainer(model, processor, config, run, rows), rows, P, grid, estimate
+
+
+def sample_phase(trainer, config, rows):
+    source = map(dict, rows), trainer.generator  # copies: prompts are taken out
+    return papo.roll_out(trainer.model, trainer.processor, config, *source)[0]
+
+
+def score_phase(trainer, config, groups):
+    papo.score_constants(trainer.model, trainer.reference, config, groups)
+    return groups
+
+
+def update_phase(trainer, config, groups):
+    for update in papo.split_batch(config, groups):
+        papo.papo_step(trainer.model, trainer.optimizer, config, update)
+
+
+def one_batch(trainer, config, rows, deadline):
+    """Yields each phase's name, seconds and peak GiB. Raises TimeoutError past the deadline."""
+    cuda, given = DEVICE.type == "cuda" and torch.cuda, rows
+    for name, phase in dict(sample=sample_phase, score=score_phase, update=update_phase).items():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        cuda and cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        given = phase(trainer, config, given)
+        cuda and cuda.synchronize()
+        yield name, time.perf_counter() - start, peak_memory(DEVICE)
+
+
+def setting_rows(memory, size, deadline):
+    """A row of GPU_COLUMNS for each phase of a GRPO and of a PAPO batch, and for the whole step."""
+    trainer, rows, P, grid, estimate = gpu_run(memory, size)
+    speed = next((peak for name, peak in PEAKS.items() if name in device_name()), math.inf)
+    short, steps = replace(trainer.config, max_new_tokens=4), []
+    list(one_batch(trainer, short, rows, deadline))  # not measured: kernels are chosen
+    for method, gamma in (("GRPO", 0.0), ("PAPO", 0.02)):
+        config, done = replace(trainer.config, gamma=gamma), []
+        flops, B = phase_flops(trainer.model, config, P, grid), len(rows) * config.group_size
+        batch = one_batch(trainer, config, rows, deadline)
+        for phase, seconds, peak in itertools.chain(batch, [("step", 0, 0)]):
+            more = "", "", ""
+            if phase == "step":
+                seconds, peak = sum(s for s, _ in done), max(peak for _, peak in done)
+                steps.append(seconds)
+                more = f"{estimate:.1f}", f"{B / seconds:.2f}", f"{seconds / steps[0]:.2f}"
+            done.append((seconds, peak))
+            rate, mfu = B * config.max_new_tokens / seconds, flops[phase] / seconds / speed / 1e10
+            numbers = f"{seconds:.2f}", f"{rate:,.0f}", f"{mfu:.1f}" if mfu else "", f"{peak:.1f}"
+            yield memory, method, phase, *numbers, *more
+
+
+def gpu_rows(size, minutes, path):
+    """The rows of all settings, the largest first, each also a line of JSON as soon as it is
+    measured. What does not fit, or comes too late, says so."""
+    deadline = time.monotonic() + 60 * minutes
+
+    def noted(row):
+        line = dict(zip(GPU_COLUMNS, row), size=size, torch=torch.__version__, on=device_name())
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return row
+
+    for memory in (80, 48, 24):
+        try:
+            yield from map(noted, setting_rows(memory, size, deadline))
+        except (torch.OutOfMemoryError, TimeoutError) as error:
+            what = "out of time" if isinstance(error, TimeoutError) else "out of memory"
+            yield noted((memory, what, *[""] * (len(GPU_COLUMNS) - 2)))
+        gc.collect()  # the model goes before the next one comes
+        torch.cuda.empty_cache()  # does nothing without a GPU
+
+
 TABLES = (  # title, columns, the generator of rows
     (
         "An update of a group as one row: time over that of a padded row per response",
@@ -384,13 +536,23 @@ TRL_TABLE = (
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Ratios of time and memory, side by side.")
     parser.add_argument("--trl", action="store_true", help="add train_small.py against papo_trl.py")
-    if (trl := parser.parse_args(argv).trl) and not find_spec("trl"):
-        parser.exit(2, "study.bench: error: --trl needs trl: pip install -r requirements-trl.txt\n")
+    parser.add_argument("--gpu", action="store_true", help="instead one batch of a 3B model")
+    parser.add_argument("--size", choices=SIZES, default="3b", help="of --gpu's model")
+    parser.add_argument("--minutes", type=float, default=10, help="--gpu begins nothing later")
+    parser.add_argument("--json", default="gpu.jsonl", help="where --gpu appends its rows")
+    given = parser.parse_args(argv)
+    refuse = lambda reason: parser.exit(2, f"study.bench: error: {reason}\n")
+    if given.trl and not find_spec("trl"):
+        refuse("--trl needs trl: pip install -r requirements-trl.txt")
+    if given.gpu and given.size == "3b" and DEVICE.type != "cuda":
+        refuse("--gpu finds no GPU; --size tiny tries it on a CPU")
     torch.set_num_threads(1)
+    if given.gpu:
+        title = f"One batch, {given.size}, on {device_name()}, torch {torch.__version__}"
+        return print_table(title, GPU_COLUMNS, gpu_rows(given.size, given.minutes, given.json))
     works = make_works()
-    where = torch.cuda.get_device_name() if DEVICE.type == "cuda" else "one CPU thread"
-    print(f"Measured on {where}, torch {torch.__version__}: median (smallest to largest).")
-    for title, columns, rows in TABLES + (TRL_TABLE,) * trl:
+    print(f"On {device_name()}, torch {torch.__version__}: median (smallest to largest).")
+    for title, columns, rows in TABLES + (TRL_TABLE,) * given.trl:
         print_table(title, columns.split(", "), rows(works))
 
 

@@ -1,8 +1,13 @@
 """study/bench.py: what its ratios compare is the same work, and its counts are right."""
 
+import json
+
 import pytest
 import torch
 from conftest import random_responses, two_prompts
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import set_checkpoint_early_stop
+from torch.utils.flop_counter import FlopCounterMode
 
 import papo
 from study import bench
@@ -91,3 +96,115 @@ def test_without_trl_one_line_says_how_to_get_it(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         bench.main(["--trl"])
     assert "--trl needs trl: pip install -r requirements-trl.txt\n" in capsys.readouterr().err
+
+
+@pytest.fixture(params=[80, 24])
+def tiny_run(request):
+    """The run of `--gpu --size tiny`: all weights are trained, or an adapter on frozen ones."""
+    trainer, rows, P, grid, _ = bench.gpu_run(request.param, "tiny")
+    trainer.model.train()
+    return trainer, rows, P, grid
+
+
+def counted(work, *given):
+    """What torch counts of a work's FLOPs on a CPU, where it knows only the plain attention. Its
+    stopping early would leave out a layer's last product when a layer is computed again."""
+    with FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), set_checkpoint_early_stop(False):
+            work(*given)
+    return counter.get_total_flops()
+
+
+def test_flops_are_those_that_torch_counts(tiny_run):
+    """A group's row forward, and with gradient checkpointing forward, backward and again."""
+    trainer, rows, P, grid = tiny_run
+    model, responses = trainer.model, [torch.full((n,), 9) for n in (3, 8, 5)]
+    prompt = papo.encode_image_if_frozen(model, rows[0]["prompt"])
+    seen = bench.vision_flops(model, grid) if "pixel_values" in prompt else (0, 0, 0)
+    forward, backward = bench.text_flops(model, P + 16, (P + 16) ** 2, 16)
+    score = lambda: papo.group_logps(model, prompt, responses)[0].sum()
+    assert counted(torch.no_grad()(score)) == forward + seen[0]
+    assert counted(lambda: score().backward()) == 2 * forward + backward + sum(seen)
+
+
+def test_a_batchs_flops_are_those_of_its_phases(tiny_run, monkeypatch):
+    """Counted while each phase runs, without checkpointing, and with the masked scores, which the
+    formula leaves out otherwise. It also leaves out that the head is always computed again, and
+    that the reference policy has no adapter."""
+    trainer, given, P, grid = tiny_run
+    model, config, results = trainer.model, trainer.config, []
+    model.gradient_checkpointing_disable()
+    monkeypatch.setattr(bench, "visible_scores", lambda P, lengths: (P + sum(lengths)) ** 2)
+    flops, (n, G, T) = bench.phase_flops(model, config, P, grid), (len(given), 5, 8)
+    again = 2 * n * G * T * bench.matrices(model.get_output_embeddings())
+    adapter = sum(p.numel() for name, p in model.named_parameters() if "lora" in name)
+    more = dict(sample=0, score=-2 * n * (P + G * T) * adapter, update=again)
+    for name, correction in more.items():
+        phase = getattr(bench, f"{name}_phase")
+        found = counted(lambda: results.append(phase(trainer, config, given)))
+        assert found == flops[name] + correction
+        given = results[-1]
+
+
+def gpu_table(monkeypatch, capsys, tmp_path, *flags):
+    """What `--gpu --size tiny` prints, as rows of cells, and its lines of JSON."""
+    monkeypatch.setattr(bench, "DEVICE", torch.device("cpu"))
+    path = tmp_path / "rows.jsonl"
+    bench.main(["--gpu", "--size=tiny", f"--json={path}", *flags])
+    printed = capsys.readouterr().out.splitlines()
+    cells = [line.strip("| ").split(" | ") for line in printed if line[:3] in ("| 8", "| 4", "| 2")]
+    return cells, list(map(json.loads, path.read_text().splitlines()))
+
+
+def test_one_batch_on_a_gpu_in_miniature(monkeypatch, capsys, tmp_path):
+    """Each phase of GRPO and PAPO at each setting; an out-of-memory error costs its setting only."""
+    update, calls = bench.update_phase, []
+
+    def short_of_memory(trainer, config, groups):
+        calls.append([len(o) for group in groups for o in group.responses])
+        if trainer.run.gpu_memory == 80 and config.gamma and len(calls) > 1:
+            raise torch.OutOfMemoryError
+        return update(trainer, config, groups)
+
+    monkeypatch.setattr(bench, "update_phase", short_of_memory)
+    cells, lines = gpu_table(monkeypatch, capsys, tmp_path)
+    phases = ["sample", "score", "update", "step"]
+    expected = [("GRPO", phase) for phase in phases] + [("PAPO", phase) for phase in phases]
+    for memory in (80, 48, 24):
+        rows = [line for line in lines if line["setting"] == memory]
+        found = [(row["method"], row["phase"]) for row in rows]
+        assert found == (expected[:6] + [("out of memory", "")] if memory == 80 else expected)
+        assert all(float(row["seconds"]) > 0 and row["MFU %"] == "" for row in rows[:4])
+        assert float(rows[3]["peak GiB"]) > 0.1 and rows[3]["over GRPO"] == "1.00"
+    assert len(cells) == len(lines) == 23 and calls[1] == [8] * 15  # none ended early
+
+
+def test_mfu_is_flops_over_the_cards(monkeypatch):
+    """Of a card known by name: 2 TFLOP in half a second on an A100 of 312 TFLOP/s are 1.3 %."""
+    monkeypatch.setattr(bench, "device_name", lambda: "NVIDIA A100-SXM4-80GB")
+    monkeypatch.setattr(bench, "one_batch", lambda *_: iter([("sample", 0.5, 1.0)]))
+    flops = dict.fromkeys(("sample", "step"), 2e12)
+    monkeypatch.setattr(bench, "phase_flops", lambda *_: flops)
+    rows = list(bench.setting_rows(24, "tiny", 0))
+    assert [row[5] for row in rows] == ["1.3"] * 4 and rows[0][4] == "240"  # 15 x 8 tokens
+
+
+def test_the_minutes_bound_the_measurement(monkeypatch, capsys, tmp_path):
+    cells, lines = gpu_table(monkeypatch, capsys, tmp_path, "--minutes=0")
+    assert [line["method"] for line in lines] == ["out of time"] * 3
+
+
+def test_without_a_gpu_one_line_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "DEVICE", torch.device("cpu"))
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--gpu"])
+    error = "study.bench: error: --gpu finds no GPU; --size tiny tries it on a CPU\n"
+    assert capsys.readouterr() == ("", error)
+
+
+def test_the_3b_has_the_published_sizes(monkeypatch):
+    monkeypatch.setattr(bench, "DEVICE", torch.device("meta"))
+    model = bench.qwen_3b(bench.toy.toy_processor())
+    vision = model.config.vision_config
+    assert sum(p.numel() for p in model.parameters()) == 3_754_622_976
+    assert vision.fullatt_block_indexes == [7, 15, 23, 31] and vision.window_size == 112
