@@ -41,6 +41,8 @@ import json
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
@@ -52,7 +54,6 @@ from tqdm import tqdm
 
 import toy
 import train_small as ts
-from papo import papo_loss
 from program.report import save_picture
 from study.methods import OBJECTIVES
 
@@ -72,6 +73,7 @@ GRADS = {"eta1": ("detached", "full"), "eta2": ("entropy", "full"), "both": ("en
 LESSON = "--prompts_per_batch=12 --updates_per_batch=1 --beta=0 --learning_rate=2e-4 --steps=24"
 LESSON += " --eval_every=6"
 ETA = "--gamma=0.3 --eta1=0.05"
+MASKED = "--algorithm=papo-d --eta1=0 --eta2=0"
 
 
 def ladder(prefix, against, terms, flags=""):
@@ -99,8 +101,16 @@ ARMS = {
     "long-grpo": (4, "long-grpo", "--steps=80 --gamma=0"),
     "long-gamma-0.3": (4, "long-grpo", "--steps=80 --gamma=0.3"),
     "long-gated-10": (4, "long-grpo", "--steps=80 --gamma=10 --gated=True"),
-    # The gamma of papo-d is there for the masked pass alone: vppo_loss has no perception term.
-    "vppo": (4, "dapo", "--algorithm=papo-d --eta1=0 --eta2=0 --mask_ratio=0.5 --format_weight=0"),
+    # Successors (methods.py), their controls. papo-d's gamma is there for the masked pass alone.
+    "vppo": (8, "dapo dapo-push", f"{MASKED} --mask_ratio=0.5 --format_weight=0"),
+    "pgpo": (8, "dapo dapo-push", "--algorithm=dapo"),
+    "pgpo-dev": (8, "dapo dapo-push", "--algorithm=dapo"),
+    "pgpo-black": (8, "dapo dapo-push", f"{MASKED} --mask_ratio=1"),
+    "vgpo": (8, "dapo dapo-push", "--algorithm=dapo --format_weight=0"),
+    "dvrp": (8, "dapo dapo-push", MASKED),
+    "vepo": (8, "dapo dapo-push", "--algorithm=dapo --clip_high=0.2 --clip_dual=inf"),
+    "dapo-push": (8, "dapo", f"{MASKED} --gamma=10"),
+    "dapo-eta1": (8, "dapo", "--algorithm=papo-d --gamma=0 --eta1=0.05 --eta2=0"),
     # Left out, as they are another arm to the bit: with "detached", H[pi_mask] is a constant, so
     # eta2 does nothing and both are eta1 alone; and eta1 alone is the same with "entropy".
     "rescue-beta": (3, "gamma-3 grpo", "--gamma=3 --beta=1"),
@@ -136,14 +146,16 @@ ARMS = {
 def run_arm(name, seed, path):
     """One run of one arm: a line of metrics for each step, and what the policy writes."""
     torch.set_num_threads(1)
+    torch.manual_seed(seed)  # for the noise of methods.py; all else has generators of its own
     config, run = ts.parse_args(["--seed", str(seed), *ARMS[name][2].split()])
     model, processor = toy.warm_start(seed=seed, recipe=WARM_START, task=run.task)
     train = toy.toy_dataset("train", 2048, seed=seed, task=run.task)
     test = toy.toy_dataset("test", stride(name) * QUESTIONS, task=run.task)
     train, test = (rows.select(range(0, len(rows), stride(name))) for rows in (train, test))
     trainer, lines = ts.Trainer(model, processor, config, run, train), []
-    trainer.objective = OBJECTIVES.get(name, papo_loss)
     for step in range(run.steps + 1):
+        if name in OBJECTIVES:
+            trainer.objective = partial(OBJECTIVES[name], progress=step / run.steps)
         line = trainer.step() if step else {"step": 0}
         if step % run.eval_every == 0 or step == run.steps:
             groups = ts.evaluate(model, processor, config, test)
@@ -153,6 +165,11 @@ def run_arm(name, seed, path):
             line["eval_read"] = mean(read)
             line["eval_lucky"] = mean(right and not saw for saw, (_, right, _) in zip(read, told))
             line["texts"] = [group.texts[0] for group in groups[:6]]
+        if step == run.steps:
+            black = ts.evaluate(
+                model, processor, replace(config, mask_ratio=1.0), test, masked=True
+            )
+            line["eval_grounding"] = ts.grounding(groups, black)
         lines.append(line)
     draft = path.with_suffix(".part")
     with gzip.open(draft, "wt") as file:
