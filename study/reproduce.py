@@ -45,16 +45,17 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from tqdm import tqdm
 
 import toy
 import train_small as ts
 from program.report import save_picture
+from study import compare
+from study.compare import interval, scores, shared_seeds
 from study.methods import OBJECTIVES
 
 QUESTIONS, WARM_START = 96, toy.WarmStart()
@@ -73,7 +74,6 @@ GRADS = {"eta1": ("detached", "full"), "eta2": ("entropy", "full"), "both": ("en
 LESSON = "--prompts_per_batch=12 --updates_per_batch=1 --beta=0 --learning_rate=2e-4 --steps=24"
 LESSON += " --eval_every=6"
 ETA = "--gamma=0.3 --eta1=0.05"
-MASKED = "--algorithm=papo-d --eta1=0 --eta2=0"
 
 
 def ladder(prefix, against, terms, flags=""):
@@ -101,16 +101,7 @@ ARMS = {
     "long-grpo": (4, "long-grpo", "--steps=80 --gamma=0"),
     "long-gamma-0.3": (4, "long-grpo", "--steps=80 --gamma=0.3"),
     "long-gated-10": (4, "long-grpo", "--steps=80 --gamma=10 --gated=True"),
-    # Successors (methods.py), their controls. papo-d's gamma is there for the masked pass alone.
-    "vppo": (8, "dapo dapo-push", f"{MASKED} --mask_ratio=0.5 --format_weight=0"),
-    "pgpo": (8, "dapo dapo-push", "--algorithm=dapo"),
-    "pgpo-dev": (8, "dapo dapo-push", "--algorithm=dapo"),
-    "pgpo-black": (8, "dapo dapo-push", f"{MASKED} --mask_ratio=1"),
-    "vgpo": (8, "dapo dapo-push", "--algorithm=dapo --format_weight=0"),
-    "dvrp": (8, "dapo dapo-push", MASKED),
-    "vepo": (8, "dapo dapo-push", "--algorithm=dapo --clip_high=0.2 --clip_dual=inf"),
-    "dapo-push": (8, "dapo", f"{MASKED} --gamma=10"),
-    "dapo-eta1": (8, "dapo", "--algorithm=papo-d --gamma=0 --eta1=0.05 --eta2=0"),
+    **compare.ARMS,
     # Left out, as they are another arm to the bit: with "detached", H[pi_mask] is a constant, so
     # eta2 does nothing and both are eta1 alone; and eta1 alone is the same with "entropy".
     "rescue-beta": (3, "gamma-3 grpo", "--gamma=3 --beta=1"),
@@ -153,9 +144,10 @@ def run_arm(name, seed, path):
     test = toy.toy_dataset("test", stride(name) * QUESTIONS, task=run.task)
     train, test = (rows.select(range(0, len(rows), stride(name))) for rows in (train, test))
     trainer, lines = ts.Trainer(model, processor, config, run, train), []
+    own = OBJECTIVES.get(name.removeprefix("largest-"))
     for step in range(run.steps + 1):
-        if name in OBJECTIVES:
-            trainer.objective = partial(OBJECTIVES[name], progress=step / run.steps)
+        if own:
+            trainer.objective = partial(own, progress=step / run.steps)
         line = trainer.step() if step else {"step": 0}
         if step % run.eval_every == 0 or step == run.steps:
             groups = ts.evaluate(model, processor, config, test)
@@ -166,10 +158,9 @@ def run_arm(name, seed, path):
             line["eval_lucky"] = mean(right and not saw for saw, (_, right, _) in zip(read, told))
             line["texts"] = [group.texts[0] for group in groups[:6]]
         if step == run.steps:
-            black = ts.evaluate(
-                model, processor, replace(config, mask_ratio=1.0), test, masked=True
-            )
-            line["eval_grounding"] = ts.grounding(groups, black)
+            blind = replace(config, mask_ratio=1.0)
+            blind = ts.evaluate(model, processor, blind, test, masked=True)
+            line["eval_grounding"] = ts.grounding(groups, blind)
         lines.append(line)
     draft = path.with_suffix(".part")
     with gzip.open(draft, "wt") as file:
@@ -190,33 +181,6 @@ def load_runs(folder):
         with gzip.open(path, "rt") as file:
             runs.setdefault(arm, {})[int(seed)] = [json.loads(line) for line in file]
     return {arm: dict(sorted(runs[arm].items())) for arm in ARMS if arm in runs}
-
-
-def interval(values):
-    """Mean and half the width of its 95 % interval (Student's t); nan for fewer than two values."""
-    if len(values) < 2:
-        return mean(values), math.nan
-    half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return mean(values), half
-
-
-def measured(lines, measure, when):
-    """A run's held-out measure, %, at a step, the "end", or over the "run" (mean after step 0)."""
-    values = {x["step"]: 100 * x[f"eval_{measure}"] for x in lines if "eval_accuracy" in x}
-    if when == "run":
-        return mean(list(values.values())[1:])
-    return values[max(values) if when == "end" else when]
-
-
-def shared_seeds(runs, arms):
-    """The seeds that all of the arms have: nothing else is compared."""
-    return sorted(set.intersection(*(set(runs.get(arm, ())) for arm in arms)))
-
-
-def scores(runs, arms, when, measure="accuracy"):
-    """{arm: what it measures on each of the shared seeds}."""
-    seeds = shared_seeds(runs, arms)
-    return {arm: [measured(runs[arm][seed], measure, when) for seed in seeds] for arm in arms}
 
 
 def write_table(runs, path):
@@ -424,6 +388,7 @@ def draw(runs):
         "margin": plot_ladders(runs, margin, relative=True),
         "long": plot_curves(runs, (long, accuracy)),
         "rescue": plot_arms(runs, "gamma-3", rescues),
+        "methods": plot_arms(runs, "dapo", compare.NAMES),
         "mask": plot_arms(runs, "gamma-0.3", masks),
         "variants": plot_arms(runs, "gamma-0.3", variants),
     }
@@ -458,7 +423,7 @@ def main(argv=None):
         parser.error(f"no arm of that name, and no run in {folder}")
     write_table(runs, args.out / "arms.csv")
     write_texts(runs, args.out / "texts.md")
-    if runs.keys() == ARMS.keys():
+    if runs.keys() >= ARMS.keys() - compare.NOT_RUN:
         for name, figure in draw(runs).items():
             save_picture(figure, args.out / f"{name}.png")
 
