@@ -508,9 +508,8 @@ def group_row(model, prompt, responses):
     # Who owns each token of the row: 0 the prompt, i response o_i.
     owner = torch.repeat_interleave(torch.tensor([P, *lengths])).to(device)  # (L,)
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own, or prompt
-    if prompt.get("blind"):  # only the image's own tokens see it: a view without the image
-        is_image = row[0] == model.config.image_token_id  # (L,)
-        visible &= is_image[:, None] | ~is_image  # (L, L)
+    if prompt.get("blind"):  # a view without the image
+        visible &= row[0] != model.config.image_token_id  # (L, L)
     visible = visible.tril()[None, None]  # (1, 1, L, L) and nothing further right in the row
     place = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) in its response, from 0
     positions = rope_positions(model, row[:, :P], images)  # (3, 1, P)

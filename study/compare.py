@@ -1,8 +1,8 @@
 """Which use of the second view is worth its cost? PAPO's successors side by side, on DAPO's base.
 
-`python -m study.compare` prints the table of the runs that are kept; with `time` it first measures
-what a step costs, in steps.json. Each arm has its paper's constants, none was tuned here.
-reproduce.py takes its statistics from here.
+`python -m study.compare` prints the table of the runs that are kept (methods.md); with `time` it
+first measures what a step costs, in steps.json. Each arm has its paper's constants, none was tuned
+here. reproduce.py takes its statistics from here.
 """
 
 import json
@@ -34,7 +34,6 @@ ARMS |= {  # the second world
     f"largest-{name}": (8, "largest-dapo", f"--task=largest {flags}")
     for name, flags in {"dapo": "--algorithm=dapo", **FLAGS}.items()
 }
-NOT_RUN = {"pgpo-black", "dapo-eta1", *(name for name in ARMS if name.startswith("largest-"))}
 NAMES = {"dapo": "DAPO", "papo-d": "PAPO-D, gamma 0.01", "papo-d-gamma-0.3": "PAPO-D, gamma 0.3"}
 NAMES |= {"papo-d-gated-10": "PAPO-D, gated, gamma 10", "vppo": "VPPO", "pgpo": "PGPO"}
 NAMES |= {"pgpo-dev": "PGPO, development code", "pgpo-black": "PGPO, black image", "vgpo": "VGPO"}
@@ -87,9 +86,10 @@ def holm(values, level=0.05):
     return kept
 
 
-def table(runs, costs):
+def table(runs):
     """Markdown: each method's paired differences from DAPO and from the push, in points with 95 %
     intervals, * where Holm's correction of all of them leaves it; then means at the end, in %."""
+    costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
     columns = [("dapo", "run", "accuracy"), ("dapo-push", "run", "accuracy")]
     columns += [("dapo", "end", "accuracy"), ("dapo", "end", "accuracy_high")]
     cells, chances = {}, {}
@@ -146,4 +146,4 @@ if __name__ == "__main__":
 
     if "time" in sys.argv:
         COSTS.write_text(json.dumps(step_costs(), indent=1) + "\n")
-    print(table(reproduce.load_runs(COSTS.with_name("runs")), json.loads(COSTS.read_text())))
+    print(table(reproduce.load_runs(COSTS.with_name("runs"))))

@@ -364,6 +364,7 @@ def draw(runs):
         "variant-token: one mean over tokens; variant-eta-exact: eta1, eta2 exact; "
         "variant-eta1: eta1 exact; variant-eta-sampled: eta1, eta2 sampled; grpo: GRPO"
     )
+    methods = {a: name for a, name in compare.NAMES.items() if len(runs.get(a, ())) > 2}
     accuracy = "eval_accuracy eval_accuracy_high"
     signs = "eval_accuracy reward", "kl_prcp clip_high_fraction", "entropy masked_entropy"
     terms = lambda prefix, gammas: {  # {"PAPO" or "gated": {gamma: arm}}
@@ -388,7 +389,7 @@ def draw(runs):
         "margin": plot_ladders(runs, margin, relative=True),
         "long": plot_curves(runs, (long, accuracy)),
         "rescue": plot_arms(runs, "gamma-3", rescues),
-        "methods": plot_arms(runs, "dapo", compare.NAMES),
+        "methods": plot_arms(runs, "dapo", methods),
         "mask": plot_arms(runs, "gamma-0.3", masks),
         "variants": plot_arms(runs, "gamma-0.3", variants),
     }
@@ -423,7 +424,8 @@ def main(argv=None):
         parser.error(f"no arm of that name, and no run in {folder}")
     write_table(runs, args.out / "arms.csv")
     write_texts(runs, args.out / "texts.md")
-    if runs.keys() >= ARMS.keys() - compare.NOT_RUN:
+    (args.out / "methods.md").write_text(compare.table(runs) + "\n")
+    if runs.keys() >= ARMS.keys() - compare.ARMS.keys():
         for name, figure in draw(runs).items():
             save_picture(figure, args.out / f"{name}.png")
 

@@ -147,6 +147,8 @@ def test_dvrp(monkeypatch):
 def test_diffusion_noise(one_vlm, monkeypatch):
     """From the model's own pixels and back: no step in a row changes more than the formula says."""
     prompt = two_prompts(one_vlm[1])[0]
+    times = methods.diffused(prompt, 400)["pixel_values"].view(-1, 3, 2, 196)
+    assert torch.equal(times[:, :, 0], times[:, :, 1])
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.full_like(x, 0.5))
     kept = math.prod(
         1 - (4.99e-3 / (1 + math.exp(6 - 12 * i / 999)) + 1e-5) for i in range(401)
