@@ -76,7 +76,7 @@ docs/differences.md lists all differences to the paper and to the released code,
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -221,19 +221,19 @@ def aggregate(per_token, response_mask, mode):
 # ---- 4. The objective ----------------------------------------------------------------------------
 def papo_loss(
     config, logps, old_logps, advantages, response_mask, masked_logps=None, ref_logps=None,
-    entropy=None, masked_entropy=None, rewards=None,
+    entropy=None, masked_entropy=None, rewards=None, row=None,
 ):  # fmt: skip
     """The PAPO loss, minus J of [1] Eq. 2 (Eq. 3 for PAPO-D):
 
         policy + beta KL[pi || pi_ref] - gamma KL[pi || pi_mask] + eta1 H[pi] + eta2 H[pi_mask]
 
     advantages, rewards (B,); all others (B, T). entropy, masked_entropy: exact ones from
-    group_logps; None takes -log pi of the sampled tokens, as [2]. rewards are not read here, but an
-    objective of your own may. Returns the scalar to minimise and a dict of floats, each averaged
-    like the loss; what was not given is not measured and has no entry. kl_prcp is what is paid, in
-    a gated run what passes the gate; the clip fractions count tokens beyond a bound, whatever the
-    sign of A. A term whose weight is 0 adds nothing at all: gamma = 0 is GRPO to the bit. Raises
-    ValueError if shapes disagree or a term with a weight lacks its input."""
+    group_logps; None takes -log pi of the sampled tokens, as [2]. rewards and row (see Row) are
+    not read here, but an objective of your own may. Returns the scalar to minimise and a dict of
+    floats, each averaged like the loss; what was not given is not measured and has no entry.
+    kl_prcp is what is paid, in a gated run what passes the gate; the clip fractions count tokens
+    beyond a bound, whatever the sign of A. A term whose weight is 0 adds nothing at all: gamma = 0
+    is GRPO to the bit. ValueError if shapes disagree or a term with a weight lacks its input."""
     given = dict(
         logps=logps, old_logps=old_logps, response_mask=response_mask, masked_logps=masked_logps,
         ref_logps=ref_logps, entropy=entropy, masked_entropy=masked_entropy,
@@ -507,6 +507,8 @@ def group_row(model, prompt, responses):
     # Who owns each token of the row: 0 the prompt, i response o_i.
     owner = torch.repeat_interleave(torch.tensor([P, *lengths])).to(device)  # (L,)
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own, or prompt
+    if prompt.get("blind"):  # a view without the image
+        visible &= row[0] != model.config.image_token_id  # (L, L)
     visible = visible.tril()[None, None]  # (1, 1, L, L) and nothing further right in the row
     place = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) in its response, from 0
     positions = rope_positions(model, row[:, :P], images)  # (3, 1, P)
@@ -519,12 +521,23 @@ def group_row(model, prompt, responses):
     return {**inputs, **images}, predictor
 
 
-def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
+class Row(NamedTuple):
+    """A pass of group_logps, from which an objective of your own can read states, or score another
+    view of the prompt: group_logps(row.model, {**row.prompt, "blind": True}, row.responses)."""
+
+    model: object
+    prompt: dict
+    responses: list  # G LongTensors (<= T,)
+    hidden: torch.Tensor  # (L, H) last layer
+    predictor: torch.Tensor  # (N,) see group_row
+
+
+def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False, with_row=False):
     """log pi(o_t | q, I, o_<t) of every token of G responses to one prompt, in one forward pass.
 
     responses: G LongTensors (<= T,). Returns logps (G, T) fp32, 0 on padding; response_mask (G, T)
-    float; and with_entropy the entropy (G, T), in nats. Gradient flows if enabled. ValueError for
-    an empty response or none, for one with a vision token, for attention that takes no mask."""
+    float; with_entropy the entropy (G, T), in nats; with_row the Row. Gradient flows if enabled.
+    ValueError for no or an empty response, a vision token in one, attention without masks."""
     if not len(responses) or any(len(o) == 0 for o in responses):
         raise ValueError("group_logps needs at least one response, each of at least one token")
     targets = torch.cat(list(responses)).to(model.device)  # (N,) all response tokens
@@ -533,12 +546,12 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False):
     if (attention := model.config._attn_implementation) not in ("sdpa", "eager"):
         raise ValueError(f"a group row needs attention sdpa or eager, the model uses {attention}")
     inputs, predictor = group_row(model, prompt, responses)
-    hidden = model.model(**inputs).last_hidden_state[0, predictor]  # (N, H)
-    head = model.get_output_embeddings()
+    row = Row(model, prompt, responses, model.model(**inputs).last_hidden_state[0], predictor)
+    hidden, head = row.hidden[predictor], model.get_output_embeddings()  # (N, H)
     logps, entropy = token_logps(hidden, targets, head, temperature, with_entropy)  # (N,), (N,)
     pad = lambda x: pad_sequence(x.split([len(o) for o in responses]), True)  # (N,) -> (G, T)
-    scored = pad(logps), pad(torch.ones_like(logps))  # (G, T), (G, T)
-    return (*scored, pad(entropy)) if with_entropy else scored
+    scored = [pad(x) for x in (logps, torch.ones_like(logps), entropy) if x is not None]  # (G, T)
+    return (*scored, row) if with_row else tuple(scored)
 
 
 # ---- 8. One step: rollouts, constants, update ----------------------------------------------------
@@ -713,8 +726,9 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
     """The objective over some of a group's responses. Returns the scalar with its graph, metrics,
     and how many responses or tokens it averages. G and T are those of the part."""
     responses, exact = group.responses[part], config.entropy_estimate == "exact"
-    score = lambda prompt: group_logps(model, prompt, responses, config.temperature, exact)
-    logps, response_mask, *entropy = score(group.prompt)  # (G, T), (G, T)[, (G, T)]
+    how = config.temperature, exact
+    score = lambda prompt, *more: group_logps(model, prompt, responses, *how, *more)
+    logps, response_mask, *entropy, row = score(group.prompt, True)  # (G, T), (G, T)[, (G, T)], Row
     masked_logps, masked_entropy = None, []
     if group.masked_prompt is not None:
         with torch.set_grad_enabled(config.mask_gradient != "detached"):
@@ -733,6 +747,7 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
         response_mask=response_mask,
         entropy=entropy[0] if exact else None,
         masked_entropy=masked_entropy[0] if masked_entropy else None,
+        row=row,
     )
     count = len(responses) if config.aggregation == "sequence" else int(response_mask.sum())
     return loss, metrics, count

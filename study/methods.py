@@ -1,41 +1,217 @@
-"""The study's objectives that are not PAPO's: a successor's use of the masked scores, a control.
+"""The study's objectives that are not PAPO's: what its successors do with a second view, a control.
 
-Each takes what `papo_loss` takes and returns what it returns: `trainer.objective = vppo_loss` is
-all that a run needs. Shapes: B responses, T response length.
+Each takes what `papo_loss` takes and returns what it returns: `trainer.objective = pgpo_loss` is
+all that a run needs. Above each stand its equations and constants, and where ours departs from its
+authors'. In all but VGPO the authors' second view is scored by the policy before a batch's updates,
+ours by the policy that is trained, as PAPO's. All views are constants: no gradient flows through
+them. What a method takes within a group or update batch, ours takes within a pass, here a group.
+
+    d_t     k3 of pi and the view at token t, in [0, 10]        |o|  a response's tokens
+    minmax  scaled to [0, 1], per response where nothing else is said; 0 where all are equal
+    L_t     the clipped policy loss of token t. A token's weight that is not negative multiplies it
+            as it would the advantage.
+
+Shapes: B responses of one group, T response length, N all their tokens, H hidden width, L row.
 """
 
+import math
 from dataclasses import replace
+from functools import partial
 
-from papo import aggregate, clipped_policy_loss, kl_k3, papo_loss
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from papo import HEAD_CHUNK, aggregate, clipped_policy_loss, group_logps, kl_k3, papo_loss
+
+
+def minmax(x, mask):
+    """Each row scaled to [0, 1] over the entries in the mask; 0 outside. (B, T) x 2 -> (B, T)"""
+    low = x.masked_fill(mask == 0, math.inf).amin(1, keepdim=True)  # (B, 1)
+    high = x.masked_fill(mask == 0, -math.inf).amax(1, keepdim=True)  # (B, 1)
+    return ((x - low) / (high - low).clamp(min=1e-9)).masked_fill(mask == 0, 0)  # (B, T)
+
+
+def top(x, mask, share):
+    """The ceil(share |o|) largest entries of each row. (B, T), (B, T) -> (B, T) bool"""
+    rank = x.masked_fill(mask == 0, -1).argsort(1, descending=True).argsort(1)  # (B, T) from 0
+    return rank < (share * mask.sum(1, keepdim=True)).ceil()
+
+
+def weighted_loss(config, logps, old_logps, advantages, mask, weights, terms=()):
+    """The clipped policy loss with a weight for each token (B, T), and further terms: name, weight
+    and (B, T). Returns the scalar and metrics."""
+    clips = config.clip_low, config.clip_high, config.clip_dual
+    policy = weights * clipped_policy_loss(logps, old_logps, advantages, *clips)  # (B, T)
+    terms = [("policy_loss", 1.0, policy), ("entropy", 0.0, -logps), *terms]
+    means = {name: aggregate(x, mask, config.aggregation) for name, _, x in terms}  # scalars
+    loss = sum(weight * means[name] for name, weight, _ in terms if weight)
+    return loss, {"loss": loss.item(), **{name: x.item() for name, x in means.items()}}
 
 
 def vppo_loss(config, logps, old_logps, advantages, response_mask, masked_logps, **_):
-    """VPPO (arXiv 2510.09285), an objective without a perception term. k3 of pi and pi_mask says
-    how far a token depends on the image; the 40 % of a response that depend most are trained, and
-    the more a response depends, the more it counts.
+    """VPPO, arXiv 2510.09285, code huaixuheqing/VPPO-RL (read).
 
-    0.4, 0.9 and 0.06 are its authors' values. Two things differ from their code: a response's
-    factor is scaled within its group, not within the update's batch, and the second update of a
-    batch takes the dependencies of its own policy."""
+        loss = mean over all tokens of [t in the top 40 % by d_t] L_t(f_i A_i) + 0.06 mean(-log pi)
+        f_i  = 0.9 + 0.1 s_i / mean(s),   s_i = mean_t d_t - the smallest mean_t d_t
+
+    0.4 (rounded up), 0.9, 0.06 and patches blacked out with probability 0.5 are its authors'.
+    Departures: s_i within the group, theirs within the update's batch; one mask for a group, theirs
+    one for each response. Their paper has the exact KL, their code k3."""
     dependency = kl_k3(logps, masked_logps).detach().masked_fill(response_mask == 0, -1)  # (B, T)
-    kept = (0.4 * response_mask.sum(1, keepdim=True)).ceil()  # (B, 1) tokens trained
-    rank = dependency.argsort(1, descending=True).argsort(
-        1
-    )  # (B, T) 0 for the most dependent token
     means = (dependency * response_mask).sum(1) / response_mask.sum(1)  # (B,)
     above = means - means.min()  # (B,)
-    factor = 0.9 + 0.1 * above / above.mean().clamp(
-        min=1e-9
-    )  # (B,) 0.9 at the smallest, 1 in the mean
-    clips = config.clip_low, config.clip_high, config.clip_dual
-    policy = clipped_policy_loss(logps, old_logps, advantages * factor, *clips)  # (B, T)
-    mean = lambda per_token: aggregate(per_token, response_mask, config.aggregation)  # -> scalar
-    terms = {"policy_loss": mean(policy * (rank < kept)), "entropy": mean(-logps)}
-    loss = terms["policy_loss"] + 0.06 * terms["entropy"]
-    return loss, {"loss": loss.item(), **{name: term.item() for name, term in terms.items()}}
+    factor = 0.9 + 0.1 * above / above.mean().clamp(min=1e-9)  # (B,) 0.9 at least, 1 in the mean
+    kept, entropy = top(dependency, response_mask, 0.4), ("entropy", 0.06, -logps)  # (B, T), (B, T)
+    given = config, logps, old_logps, advantages * factor, response_mask
+    return weighted_loss(*given, kept, [entropy])
 
 
-def push_loss(config, logps, advantages, response_mask, **rest):
+def pgpo_loss(
+    config, logps, old_logps, advantages, response_mask, row, masked_logps=None, dev=False, **_
+):  # fmt: skip
+    """PGPO, arXiv 2604.01840 (second-hand; its code is not public). The view has no image.
+
+        I_t  = minmax(log(1 + d_t)),   tau = 0.4
+        w_t  = I_t / tau where I_t < tau, else 1 + 2 (I_t - tau) / (1 - tau)
+        loss = mean(w_t L_t),   w scaled to sum to |o| (all 1 where it is 0)
+
+    dev: as development code has it, tau = the response's I in ascending order at floor(0.4 |o|),
+    w at least 0.1, not scaled. masked_logps, where given, stands in for the view without image.
+    Departures: no token sees the image's, but the positions after it stay as they are; G = 8."""
+    if masked_logps is None:
+        with torch.no_grad():
+            blind = row.model, {**row.prompt, "blind": True}, row.responses
+            masked_logps = group_logps(*blind, config.temperature)[0]  # (B, T)
+    dependency = kl_k3(logps, masked_logps).detach().log1p()  # (B, T)
+    index, tau = minmax(dependency, response_mask), torch.tensor(0.4)  # (B, T), ()
+    lengths = response_mask.sum(1, keepdim=True)  # (B, 1)
+    if dev:
+        ascending = index.masked_fill(response_mask == 0, math.inf).sort(1).values  # (B, T)
+        tau = ascending.gather(1, (0.4 * lengths).long())  # (B, 1)
+    above = 1 + 2 * (index - tau) / (1 - tau).clamp(min=1e-9)  # (B, T)
+    weights = torch.where(index < tau, index / tau.clamp(min=1e-9), above) * response_mask  # (B, T)
+    total = weights.sum(1, keepdim=True)  # (B, 1)
+    scaled = torch.where(total > 0, weights * lengths / total.clamp(min=1e-9), 1.0)  # (B, T)
+    weights = weights.clamp(min=0.1) if dev else scaled
+    return weighted_loss(config, logps, old_logps, advantages, response_mask, weights)
+
+
+def vgpo_loss(config, logps, old_logps, advantages, response_mask, row, **_):
+    """VGPO, arXiv 2604.09349, code wzb-bupt/VGPO (read). No second view: c_t is the cosine of the
+    last layer's state after o_t and the mean state of the image's tokens.
+
+        w_t   = minmax over the group (c_t) * (1 + 0.3 g_t t / (|o| - 1))
+        g_t   = 1 for the top fifth by c_t of the second half, at least one token; else 0
+        psi_t = clamp(1 + v_t - mean(v), 0.1, 2),    v = minmax(w)
+        a_i   = clamp(1 + p_i - mean(p), 0.9, 2),    p = minmax over the group (sum_t v_t)
+        loss  = mean(a_i psi_t L_t),   reward = accuracy alone
+
+    Departures: minmax(c) and the group are its code's runs of 4 and of 8 responses in a micro-batch
+    with their padding, ours the question's group, as in its paper, which takes (c + 1) / 2."""
+    P, lengths = row.prompt["input_ids"].shape[1], response_mask.sum(1, keepdim=True)  # (B, 1)
+    image = row.prompt["input_ids"][0] == row.model.config.image_token_id  # (P,)
+    hidden = row.hidden.detach().float()  # (L, H)
+    seen = hidden[:P][image.to(hidden.device)].mean(0)  # (H,)
+    cosine = torch.cosine_similarity(hidden[P:], seen[None])  # (N,)
+    cosine = pad_sequence(cosine.split([len(o) for o in row.responses]), True)  # (B, T)
+    place = torch.arange(cosine.shape[1], device=cosine.device)  # (T,)
+    late = ((place >= lengths // 2) * response_mask).bool()  # (B, T) second half
+    count = (0.2 * late.sum(1, keepdim=True)).long().clamp(min=1)  # (B, 1)
+    ranked = cosine.masked_fill(~late, -math.inf).sort(1, descending=True).values  # (B, T)
+    gate = late & (cosine >= ranked.gather(1, count - 1))  # (B, T)
+    weights = minmax(cosine.view(1, -1), response_mask.view(1, -1)).view_as(cosine)  # (B, T)
+    weights = weights * (1 + 0.3 * gate * place / (lengths - 1).clamp(min=1))  # (B, T)
+    focus = minmax(weights, response_mask)  # (B, T) v
+    total = focus.sum(1, keepdim=True)  # (B, 1)
+    share = minmax(total.T, torch.ones_like(total.T)).T  # (B, 1) p
+    factor = (1 + share - share.mean()).clamp(0.9, 2)  # (B, 1)
+    factor = factor * (1 + focus - total / lengths).clamp(0.1, 2)  # (B, T)
+    return weighted_loss(config, logps, old_logps, advantages, response_mask, factor)
+
+
+def diffused(prompt, t):
+    """The prompt with t of 1000 steps of diffusion noise e on its images, the same on both times:
+
+    b_i = sigmoid(linspace(-6, 6))_i (5e-3 - 1e-5) + 1e-5,   a = prod_{i <= t} (1 - b_i),
+    x   = clip(sqrt(a) x + sqrt(1 - a) e, 0, 1)"""
+    pixels = prompt["pixel_values"]  # (patches, 3 * 2 * patch^2), normalised
+    means, stds = (torch.tensor(x)[:, None, None] for x in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    betas = torch.linspace(-6, 6, 1000).sigmoid() * (5e-3 - 1e-5) + 1e-5  # (1000,)
+    kept = (1 - betas).cumprod(0)[t]  # ()
+    x = pixels.view(len(pixels), 3, 2, -1) * stds + means  # (patches, 3, 2, patch^2) in [0, 1]
+    x = (kept.sqrt() * x + (1 - kept).sqrt() * torch.randn_like(x[:, :, :1])).clamp(0, 1)
+    return {**prompt, "pixel_values": ((x - means) / stds).view_as(pixels)}
+
+
+def dvrp_loss(
+    config, logps, old_logps, advantages, response_mask, row, masked_logps, progress, **_
+):  # fmt: skip
+    """DVRP, arXiv 2601.06801 (second-hand, no code): a masked view to depart from, a noised one to
+    stay near.
+
+        loss = mean(L_t) - 0.01 KL[pi || pi_mask] + 0.01 KL[pi || pi_noise]
+                         + 0.05 H[pi_mask] + 0.05 H[pi_noise]
+
+    Patches of 14 pixels are black with probability 0.6; the noise is that of step t = 500
+    sigmoid(10 (0.5 - progress)), from much to none over the run. Departures: KL is k3; the views
+    are constant, which the paper does not settle, so that the two entropies would change nothing
+    and are left out."""
+    t = int(500 / (1 + math.exp(-10 * (0.5 - progress))))
+    with torch.no_grad():
+        view = row.model, diffused(row.prompt, t), row.responses
+        noised_logps = group_logps(*view, config.temperature)[0]  # (B, T)
+    terms = [
+        ("kl_prcp", -0.01, kl_k3(logps, masked_logps.detach())),  # (B, T)
+        ("kl_noise", 0.01, kl_k3(logps, noised_logps)),  # (B, T)
+    ]
+    return weighted_loss(config, logps, old_logps, advantages, response_mask, 1.0, terms)
+
+
+def vepo_scores(row, noised, temperature):
+    """Jensen-Shannon divergence of two passes over the vocabulary, and the entropy of each, never
+    holding all logits. Row, Row -> (B, T), (B, T), (B, T)"""
+    head, parts = row.model.get_output_embeddings(), []
+    states = [x.hidden[x.predictor].split(HEAD_CHUNK) for x in (row, noised)]  # chunks of (N, H)
+    for pair in zip(*states):
+        p, q = ((head(x).float() / temperature).log_softmax(-1) for x in pair)  # (N, V), (N, V)
+        entropy = lambda x: -(x.exp() * x).sum(-1)  # (N, V) -> (N,)
+        middle = torch.logaddexp(p, q) - math.log(2)  # (N, V)
+        alone = entropy(p), entropy(q)  # (N,), (N,)
+        parts.append((entropy(middle) - sum(alone) / 2, *alone))
+    lengths = [len(o) for o in row.responses]
+    return [pad_sequence(torch.cat(x).split(lengths), True) for x in zip(*parts)]
+
+
+@torch.no_grad()
+def vepo_mask(row, response_mask, temperature):
+    """The tokens that VEPO trains. Row, (B, T) -> (B, T)"""
+    pixels = row.prompt["pixel_values"]  # (patches, values)
+    noised = {**row.prompt, "pixel_values": pixels + 2 * torch.randn_like(pixels)}
+    noised = group_logps(row.model, noised, row.responses, temperature, with_row=True)[-1]
+    divergence, entropy, other = vepo_scores(row, noised, temperature)  # (B, T) each
+    j, h, e = (minmax(x, response_mask) for x in (divergence, entropy, (other - entropy).abs()))
+    score = (1 - (1 - j) ** 0.7 * (1 - e) ** 0.3) * h  # (B, T)
+    return response_mask * top(score, response_mask, 0.2)
+
+
+def vepo_loss(config, logps, old_logps, advantages, response_mask, row, entropy, **_):
+    """VEPO, arXiv 2606.03937, code Leonnnnnn929/VEPO (read). The view: normal noise of deviation 2
+    on the normalised pixels. j, h, e = minmax of JSD(pi, pi_noise), H[pi], |H[pi_noise] - H[pi]|.
+
+        loss = mean of L_t over the top 20 % by (1 - (1 - j)^0.7 (1 - e)^0.3) h - 0.001 mean(H[pi])
+
+    Both clips 0.2, no dual clip. Departures: with DAPO's redrawing, where theirs has none; G = 8,
+    theirs 12; the mean over chosen tokens is the group's, theirs the micro-batch's."""
+    chosen = vepo_mask(row, response_mask, config.temperature)  # (B, T)
+    given = config, logps, old_logps, advantages
+    loss, metrics = weighted_loss(*given, chosen, 1.0)
+    bonus = aggregate(entropy, response_mask, config.aggregation)  # scalar
+    loss = loss - 0.001 * bonus
+    return loss, {**metrics, "loss": loss.item(), "entropy": bonus.item()}
+
+
+def push_loss(config, logps, advantages, response_mask, progress=None, **rest):
     """The control of the gated term: gamma log pi instead of gamma k3, for every token of a
     response with A > 0."""
     given = dict(advantages=advantages, response_mask=response_mask, **rest)
@@ -44,7 +220,15 @@ def push_loss(config, logps, advantages, response_mask, **rest):
     return loss - config.gamma * aggregate(right, response_mask, config.aggregation), metrics
 
 
+# The objectives of the study's arms that have their own.
 OBJECTIVES = {
     "vppo": vppo_loss,
+    "pgpo": pgpo_loss,
+    "pgpo-dev": partial(pgpo_loss, dev=True),
+    "pgpo-black": pgpo_loss,
+    "vgpo": vgpo_loss,
+    "dvrp": dvrp_loss,
+    "vepo": vepo_loss,
     "control-push": push_loss,
-}  # of the study's arms that have their own
+    "dapo-push": push_loss,
+}

@@ -41,19 +41,21 @@ import json
 import math
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from tqdm import tqdm
 
 import toy
 import train_small as ts
-from papo import papo_loss
 from program.report import save_picture
+from study import compare
+from study.compare import interval, scores, shared_seeds
 from study.methods import OBJECTIVES
 
 QUESTIONS, WARM_START = 96, toy.WarmStart()
@@ -99,8 +101,7 @@ ARMS = {
     "long-grpo": (4, "long-grpo", "--steps=80 --gamma=0"),
     "long-gamma-0.3": (4, "long-grpo", "--steps=80 --gamma=0.3"),
     "long-gated-10": (4, "long-grpo", "--steps=80 --gamma=10 --gated=True"),
-    # The gamma of papo-d is there for the masked pass alone: vppo_loss has no perception term.
-    "vppo": (4, "dapo", "--algorithm=papo-d --eta1=0 --eta2=0 --mask_ratio=0.5 --format_weight=0"),
+    **compare.ARMS,
     # Left out, as they are another arm to the bit: with "detached", H[pi_mask] is a constant, so
     # eta2 does nothing and both are eta1 alone; and eta1 alone is the same with "entropy".
     "rescue-beta": (3, "gamma-3 grpo", "--gamma=3 --beta=1"),
@@ -136,14 +137,17 @@ ARMS = {
 def run_arm(name, seed, path):
     """One run of one arm: a line of metrics for each step, and what the policy writes."""
     torch.set_num_threads(1)
+    torch.manual_seed(seed)  # for the noise of methods.py; all else has generators of its own
     config, run = ts.parse_args(["--seed", str(seed), *ARMS[name][2].split()])
     model, processor = toy.warm_start(seed=seed, recipe=WARM_START, task=run.task)
     train = toy.toy_dataset("train", 2048, seed=seed, task=run.task)
     test = toy.toy_dataset("test", stride(name) * QUESTIONS, task=run.task)
     train, test = (rows.select(range(0, len(rows), stride(name))) for rows in (train, test))
     trainer, lines = ts.Trainer(model, processor, config, run, train), []
-    trainer.objective = OBJECTIVES.get(name, papo_loss)
+    own = OBJECTIVES.get(name.removeprefix("largest-"))
     for step in range(run.steps + 1):
+        if own:
+            trainer.objective = partial(own, progress=step / run.steps)
         line = trainer.step() if step else {"step": 0}
         if step % run.eval_every == 0 or step == run.steps:
             groups = ts.evaluate(model, processor, config, test)
@@ -153,6 +157,10 @@ def run_arm(name, seed, path):
             line["eval_read"] = mean(read)
             line["eval_lucky"] = mean(right and not saw for saw, (_, right, _) in zip(read, told))
             line["texts"] = [group.texts[0] for group in groups[:6]]
+        if step == run.steps:
+            blind = replace(config, mask_ratio=1.0)
+            blind = ts.evaluate(model, processor, blind, test, masked=True)
+            line["eval_grounding"] = ts.grounding(groups, blind)
         lines.append(line)
     draft = path.with_suffix(".part")
     with gzip.open(draft, "wt") as file:
@@ -173,33 +181,6 @@ def load_runs(folder):
         with gzip.open(path, "rt") as file:
             runs.setdefault(arm, {})[int(seed)] = [json.loads(line) for line in file]
     return {arm: dict(sorted(runs[arm].items())) for arm in ARMS if arm in runs}
-
-
-def interval(values):
-    """Mean and half the width of its 95 % interval (Student's t); nan for fewer than two values."""
-    if len(values) < 2:
-        return mean(values), math.nan
-    half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
-    return mean(values), half
-
-
-def measured(lines, measure, when):
-    """A run's held-out measure, %, at a step, the "end", or over the "run" (mean after step 0)."""
-    values = {x["step"]: 100 * x[f"eval_{measure}"] for x in lines if "eval_accuracy" in x}
-    if when == "run":
-        return mean(list(values.values())[1:])
-    return values[max(values) if when == "end" else when]
-
-
-def shared_seeds(runs, arms):
-    """The seeds that all of the arms have: nothing else is compared."""
-    return sorted(set.intersection(*(set(runs.get(arm, ())) for arm in arms)))
-
-
-def scores(runs, arms, when, measure="accuracy"):
-    """{arm: what it measures on each of the shared seeds}."""
-    seeds = shared_seeds(runs, arms)
-    return {arm: [measured(runs[arm][seed], measure, when) for seed in seeds] for arm in arms}
 
 
 def write_table(runs, path):
@@ -383,6 +364,7 @@ def draw(runs):
         "variant-token: one mean over tokens; variant-eta-exact: eta1, eta2 exact; "
         "variant-eta1: eta1 exact; variant-eta-sampled: eta1, eta2 sampled; grpo: GRPO"
     )
+    methods = {a: name for a, name in compare.NAMES.items() if len(runs.get(a, ())) > 2}
     accuracy = "eval_accuracy eval_accuracy_high"
     signs = "eval_accuracy reward", "kl_prcp clip_high_fraction", "entropy masked_entropy"
     terms = lambda prefix, gammas: {  # {"PAPO" or "gated": {gamma: arm}}
@@ -407,6 +389,7 @@ def draw(runs):
         "margin": plot_ladders(runs, margin, relative=True),
         "long": plot_curves(runs, (long, accuracy)),
         "rescue": plot_arms(runs, "gamma-3", rescues),
+        "methods": plot_arms(runs, "dapo", methods),
         "mask": plot_arms(runs, "gamma-0.3", masks),
         "variants": plot_arms(runs, "gamma-0.3", variants),
     }
@@ -441,7 +424,8 @@ def main(argv=None):
         parser.error(f"no arm of that name, and no run in {folder}")
     write_table(runs, args.out / "arms.csv")
     write_texts(runs, args.out / "texts.md")
-    if runs.keys() == ARMS.keys():
+    (args.out / "methods.md").write_text(compare.table(runs) + "\n")
+    if runs.keys() >= ARMS.keys() - compare.ARMS.keys():
         for name, figure in draw(runs).items():
             save_picture(figure, args.out / f"{name}.png")
 

@@ -188,7 +188,7 @@ def test_an_objective_of_ones_own(one_vlm):
     _, expected = recorded_step(model, config, groups)
     assert all(torch.equal(grads[name], expected[name]) for name in expected)
     logps = {"logps", "old_logps", "ref_logps", "masked_logps"}
-    assert seen[0].keys() == logps | {"response_mask", "entropy", "masked_entropy"}
+    assert seen[0].keys() == logps | {"response_mask", "entropy", "masked_entropy", "row"}
     given = lambda name: torch.equal(seen[1][name], getattr(groups[0], name)[1:2, :2])
     assert given("old_logps") and given("ref_logps")
     for group in groups:

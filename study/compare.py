@@ -1,0 +1,149 @@
+"""Which use of the second view is worth its cost? PAPO's successors side by side, on DAPO's base.
+
+`python -m study.compare` prints the table of the runs that are kept (methods.md); with `time` it
+first measures what a step costs, in steps.json. Each arm has its paper's constants, none was tuned
+here. reproduce.py takes its statistics from here.
+"""
+
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from statistics import mean, median, stdev
+
+from scipy.stats import t as student
+from scipy.stats import ttest_1samp
+
+MASKED = "--algorithm=papo-d --eta1=0 --eta2=0"  # its gamma is there for the masked pass alone
+FLAGS = {  # Name: flags of train_small.py, the objective of that name is in methods.py
+    "vppo": f"{MASKED} --mask_ratio=0.5 --format_weight=0",
+    "pgpo": "--algorithm=dapo",
+    "pgpo-dev": "--algorithm=dapo",
+    "pgpo-black": f"{MASKED} --mask_ratio=1",
+    "vgpo": "--algorithm=dapo --format_weight=0",
+    "dvrp": MASKED,
+    "vepo": "--algorithm=dapo --clip_high=0.2 --clip_dual=inf",
+    # Controls on the same base: log pi pushed up where A > 0, a small entropy term.
+    "dapo-push": f"{MASKED} --gamma=10",
+    "dapo-eta1": "--algorithm=papo-d --gamma=0 --eta1=0.05 --eta2=0",
+}
+ARMS = {name: (8, "dapo dapo-push", flags) for name, flags in FLAGS.items()}
+ARMS |= {  # the second world
+    f"largest-{name}": (8, "largest-dapo", f"--task=largest {flags}")
+    for name, flags in {"dapo": "--algorithm=dapo", **FLAGS}.items()
+}
+NAMES = {"dapo": "DAPO", "papo-d": "PAPO-D, gamma 0.01", "papo-d-gamma-0.3": "PAPO-D, gamma 0.3"}
+NAMES |= {"papo-d-gated-10": "PAPO-D, gated, gamma 10", "vppo": "VPPO", "pgpo": "PGPO"}
+NAMES |= {"pgpo-dev": "PGPO, development code", "pgpo-black": "PGPO, black image", "vgpo": "VGPO"}
+NAMES |= {
+    "dvrp": "DVRP",
+    "vepo": "VEPO",
+    "dapo-push": "push, on DAPO",
+    "dapo-eta1": "eta1 0.05, on DAPO",
+}
+NAMES |= {"control-push": "push, on GRPO", "control-eta1": "eta1 0.05, on GRPO"}
+COSTS = Path(__file__).with_name("steps.json")
+
+
+def interval(values):
+    """Mean and half the width of its 95 % interval (Student's t); nan for fewer than two values."""
+    if len(values) < 2:
+        return mean(values), math.nan
+    half = student.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
+    return mean(values), half
+
+
+def measured(lines, measure, when):
+    """A run's held-out measure, %, at a step, the "end", or over the "run" (mean after step 0)."""
+    name = f"eval_{measure}"
+    values = {x["step"]: 100 * x[name] for x in lines if name in x}
+    if when == "run":
+        return mean(list(values.values())[1:])
+    return values[max(values) if when == "end" else when]
+
+
+def shared_seeds(runs, arms):
+    """The seeds that all of the arms have: nothing else is compared."""
+    return sorted(set.intersection(*(set(runs.get(arm, ())) for arm in arms)))
+
+
+def scores(runs, arms, when, measure="accuracy"):
+    """{arm: what it measures on each of the shared seeds}."""
+    seeds = shared_seeds(runs, arms)
+    return {arm: [measured(runs[arm][seed], measure, when) for seed in seeds] for arm in arms}
+
+
+def holm(values, level=0.05):
+    """Which p-values survive Holm's correction: the k-th smallest of m is held against
+    level / (m - k + 1), up to the first that fails."""
+    order, kept = sorted(values, key=values.get), set()
+    for k, name in enumerate(order):
+        if values[name] > level / (len(order) - k):
+            break
+        kept.add(name)
+    return kept
+
+
+def table(runs):
+    """Markdown: each method's paired differences from DAPO and from the push, in points with 95 %
+    intervals, * where Holm's correction of all of them leaves it; then means at the end, in %."""
+    costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
+    columns = [("dapo", "run", "accuracy"), ("dapo-push", "run", "accuracy")]
+    columns += [("dapo", "end", "accuracy"), ("dapo", "end", "accuracy_high")]
+    cells, chances = {}, {}
+    for arm in NAMES:
+        for base, when, measure in columns:
+            if arm != base and len(shared_seeds(runs, [arm, base])) > 1:
+                pair = scores(runs, [arm, base], when, measure)
+                gains = [a - b for a, b in zip(pair[arm], pair[base])]
+                place = arm, (base, when, measure)
+                cells[place] = "{:+.1f} ± {:.1f}".format(*interval(gains))
+                chances[place] = ttest_1samp(gains, 0).pvalue
+    kept = holm(chances)
+    head = (
+        "arm, seeds, over the run, over the run: minus the push, the end, the end: high dependency"
+    )
+    head += ", misread, all digits read, lucky, grounding, cost of a step"
+    rows = [head.split(", "), ["---"] * 11]
+    for arm in filter(runs.get, NAMES):
+        shown = [cells.get((arm, c), "") + "*" * ((arm, c) in kept) for c in columns]
+        for measure in ("error_perception", "read", "lucky", "grounding"):
+            known = all(f"eval_{measure}" in lines[-1] for lines in runs[arm].values())
+            values = scores(runs, [arm], "end", measure)[arm] if known else []
+            shown.append(f"{mean(values):.1f}" if known else "")
+        cost = f"{costs[arm]:.2f}" if arm in costs else ""
+        rows.append([NAMES[arm], str(len(runs[arm])), *shown, cost])
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", f"{len(chances)} comparisons, {len(kept)} survive."])
+
+
+def step_costs(rounds=5):
+    """{arm: processor time of a step over DAPO's}: medians of steps taken in turn, each of as many
+    groups, for none is redrawn."""
+    trainers, spent = {}, {arm: [] for arm in NAMES}
+    for arm in NAMES:
+        settings = ts.parse_args([*reproduce.ARMS[arm][2].split(), "--dynamic_sampling=False"])
+        learner = toy.warm_start(recipe=reproduce.WARM_START)
+        trainers[arm] = ts.Trainer(*learner, *settings, toy.toy_dataset("train", 2048))
+        if arm in OBJECTIVES:
+            trainers[arm].objective = partial(OBJECTIVES[arm], progress=0.5)
+    for _ in range(rounds):
+        for arm, trainer in trainers.items():
+            start = time.process_time()
+            trainer.step()
+            spent[arm].append(time.process_time() - start)
+    base = median(spent["dapo"])
+    return {arm: round(median(seconds) / base, 3) for arm, seconds in spent.items()}
+
+
+if __name__ == "__main__":
+    import toy
+    import train_small as ts
+    from study import reproduce
+    from study.methods import OBJECTIVES
+
+    if "time" in sys.argv:
+        COSTS.write_text(json.dumps(step_costs(), indent=1) + "\n")
+    print(table(reproduce.load_runs(COSTS.with_name("runs"))))
