@@ -89,7 +89,6 @@ def test_bf16_errs_by_its_rounding_only(lent):
     for hook in hooks:
         hook.remove()
     rms = lambda x: x.square().mean().sqrt().item()
-    print(rms(found - expected), rms(moved))
     assert 0 < rms(found - expected) < 2 * 2**0.5 * rms(moved) < 0.5
 
 
