@@ -726,16 +726,16 @@ def group_loss(model, config, group, part=slice(None), objective=papo_loss):
     """The objective over some of a group's responses. Returns the scalar with its graph, metrics,
     and how many responses or tokens it averages. G and T are those of the part."""
     responses, exact = group.responses[part], config.entropy_estimate == "exact"
-    how = config.temperature, exact
-    score = lambda prompt, *more: group_logps(model, prompt, responses, *how, *more)
+    given = responses, config.temperature, exact
+    score = lambda prompt, with_row: group_logps(model, prompt, *given, with_row)
     logps, response_mask, *entropy, row = score(group.prompt, True)  # (G, T), (G, T)[, (G, T)], Row
     masked_logps, masked_entropy = None, []
     if group.masked_prompt is not None:
         with torch.set_grad_enabled(config.mask_gradient != "detached"):
-            masked_logps, _, *masked_entropy = score(group.masked_prompt)  # (G, T), _[, (G, T)]
+            masked_logps, _, *masked_entropy = score(group.masked_prompt, False)  # (G, T)
     T, device = logps.shape[1], logps.device
     of_part = lambda constant: None if constant is None else constant[part, :T]  # (G, T)
-    rewards = [score["reward"] for score in group.scores[part]]
+    rewards = [scores["reward"] for scores in group.scores[part]]
     loss, metrics = objective(
         config,
         logps=logps,

@@ -13,12 +13,13 @@ from statistics import mean
 
 import datasets
 import torch
-from transformers import AutoModelForImageTextToText, HfArgumentParser
+from transformers import AutoModelForImageTextToText
 from trl import GRPOConfig, GRPOTrainer
 
 import papo
 import toy
 from papo import PAPOConfig, option
+from program import TOY_SIZES, Parser
 from program.data import DataConfig, open_dataset, read_row, say_skipped
 from program.model import load_processor
 
@@ -184,8 +185,6 @@ def check_settings(config, args):
 
 # ---- 3. The program ------------------------------------------------------------------------------
 
-TOY_SIZES = dict(group_size=8, prompts_per_batch=16, updates_per_batch=2, max_new_tokens=64)
-
 
 @dataclass
 class RunFlags(DataConfig):
@@ -200,11 +199,6 @@ class RunFlags(DataConfig):
     out: str = option("runs/papo_trl", "folder of the run")
 
 
-class Parser(HfArgumentParser):
-    def error(self, message):
-        raise ValueError(message)  # argparse would print the whole usage first
-
-
 def parse_args(argv=None):
     """PAPO's flags first, TRL's from the rest: both know a --learning_rate. -> config, run, args"""
     parser = Parser([PAPOConfig, RunFlags], description=__doc__.split("\n")[0], allow_abbrev=False)
@@ -212,7 +206,7 @@ def parse_args(argv=None):
     if first.preset:
         parser.set_defaults(**vars(PAPOConfig.preset(first.preset)))
     elif not first.model:
-        parser.set_defaults(**TOY_SIZES, learning_rate=1e-4)
+        parser.set_defaults(**TOY_SIZES)
     config, run, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if run.dataset and not run.model:
         raise ValueError("--dataset needs --model")
@@ -251,10 +245,7 @@ def load_model(run, args):
         if args.process_index == 0:
             for part in toy.warm_start(digits=run.digits, seed=args.seed):
                 part.save_pretrained(run.model)
-    processor = load_processor(run.model)
-    if run.dataset:
-        edges = dict(shortest_edge=run.min_pixels, longest_edge=run.max_pixels)
-        processor.image_processor.size = edges
+    processor = load_processor(run.model, run.edges)
     return AutoModelForImageTextToText.from_pretrained(run.model, dtype=torch.float32), processor
 
 

@@ -27,12 +27,12 @@ import peft
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, HfArgumentParser
+from transformers import AutoModelForImageTextToText
 
 import papo
 import toy
 from papo import PAPOConfig, compute_reward, option
-from program import SAMPLES, UserError, memory, report, runs
+from program import SAMPLES, TOY_SIZES, Parser, UserError, memory, report, runs
 from program.data import DataConfig, RowStream, load_rows, say_skipped
 from program.model import load_model, weights_id
 
@@ -41,9 +41,8 @@ from program.model import load_model, weights_id
 # What makes an algorithm, without the sizes of the published runs: these fields of that preset.
 ALGORITHMS = {"grpo": "grpo", "dapo": "dapo", "papo-g": "papo-g-3b", "papo-d": "papo-d-3b"}
 ALGORITHM_FIELDS = "gamma beta eta1 eta2 clip_high aggregation dynamic_sampling".split()
-# The sizes that suit the embedded world; --preset brings the published ones back.
-TOY_SIZES = dict(group_size=8, prompts_per_batch=16, updates_per_batch=2, max_new_tokens=64)
-TOY_SIZES |= dict(steps=40, learning_rate=1e-4, prompts_per_sample=48, gradient_checkpointing=False)
+# What suits the embedded world; --preset brings the published sizes back.
+TOY = TOY_SIZES | dict(steps=40, prompts_per_sample=48, gradient_checkpointing=False)
 # --gpu-memory: what fits with a 3B model and prompts of 1,536 tokens, 1,280 of them the image's.
 ADAPTER = dict(precision="bf16", freeze_vision=True)
 GPU_SIZES = {
@@ -97,11 +96,6 @@ class RunConfig(DataConfig):
                 raise ValueError(reason)
 
 
-class Parser(HfArgumentParser):
-    def error(self, message):
-        raise UserError(message)  # argparse would print the whole usage first
-
-
 def recipe_for(given):
     """{flag: value} where none is given: --gpu-memory beats --preset or --algorithm, which beat the
     dataclasses. A run that goes on is what it was."""
@@ -113,20 +107,19 @@ def recipe_for(given):
         recipe["algorithm"] = next(a for a in ALGORITHMS if given.preset.startswith(a))
     else:
         recipe = {name: recipe[name] for name in ALGORITHM_FIELDS}
-        recipe |= {} if given.model else TOY_SIZES
+        recipe |= {} if given.model else TOY
     recipe |= GPU_SIZES.get(given.gpu_memory, {})
     if given.lora or "lora" in recipe:
-        rate = 10 * recipe.get(
-            "learning_rate", PAPOConfig.learning_rate
-        )  # LoRA Without Regret, 2025
-        recipe["learning_rate"] = round(rate, 12)  # 1e-05, not 9.99e-06
+        full = recipe.get("learning_rate", PAPOConfig.learning_rate)
+        # Ten times, as "LoRA Without Regret", 2025; rounded, 1e-05 is not 9.99e-06.
+        recipe["learning_rate"] = round(10 * full, 12)
     return recipe
 
 
 def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
     """The settings. Raises UserError for what cannot work."""
     about = dict(usage="python train_small.py [FLAGS]", description=__doc__.split(":")[0])
-    about |= dict(epilog=f"Defaults of the embedded world: {TOY_SIZES}.", allow_abbrev=False)
+    about |= dict(epilog=f"Defaults of the embedded world: {TOY}.", allow_abbrev=False)
     parser = Parser([PAPOConfig, RunConfig], **about)
     try:
         parser.set_defaults(**recipe_for(parser.parse_args(argv)))
@@ -181,9 +174,12 @@ def evaluate(model, processor, config, rows, seed=0, masked=False, reward=comput
         share = []
         for i in range(start, min(start + config.prompts_per_sample, len(rows))):
             row = dict(rows[i])
-            images = [papo.fit_image(processor, image) for image in row.pop("images")]
-            images = [mask(image) for image in images] if masked else images
-            share.append(row | {"prompt": papo.encode_prompt(processor, row["problem"], images)})
+            images, prompt = row.pop("images"), row.pop("prompt", None)  # of rows that were checked
+            if masked:
+                images = [mask(papo.fit_image(processor, image)) for image in images]
+            if masked or prompt is None:
+                prompt = papo.encode_prompt(processor, row["problem"], images)
+            share.append(row | {"prompt": prompt})
         answered = papo.sample_and_grade(model, processor, config, share, sampling, reward)
         groups += [replace(group, prompt=None) for group in answered]
     return groups

@@ -4,12 +4,23 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+from transformers import HfArgumentParser
 
 SAMPLES = 8  # responses per question in every evaluation: the 8 of avg@8 and pass@8
+# The sizes of a step that suit the embedded world; the dataclasses have the published ones.
+TOY_SIZES = dict(group_size=8, prompts_per_batch=16, updates_per_batch=2, max_new_tokens=64)
+TOY_SIZES |= dict(learning_rate=1e-4)
 
 
 class UserError(ValueError):
     """Something the user typed or fed in that cannot work: shown as one line, exit code 2."""
+
+
+class Parser(HfArgumentParser):
+    """A flag for each field of the dataclasses; what is wrong raises UserError."""
+
+    def error(self, message):
+        raise UserError(message)  # argparse would print the whole usage first
 
 
 def ask_hub(name):

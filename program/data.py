@@ -57,6 +57,8 @@ class DataConfig:
                 raise ValueError(f"{flag} needs --dataset")
         if self.max_pixels < self.min_pixels:
             raise ValueError(f"max_pixels {self.max_pixels} is below min_pixels {self.min_pixels}")
+        edges = dict(shortest_edge=self.min_pixels, longest_edge=self.max_pixels)
+        self.edges = edges if self.dataset else None  # None: the processor's own
 
 
 def open_dataset(run):
@@ -206,6 +208,7 @@ class Rows:
 
 
 def say_skipped(reasons):
+    """How many rows were skipped, by reason."""
     for reason, count in Counter(reasons).most_common():
         tqdm.write(f"skipped {count} rows: {reason}")
 

@@ -49,8 +49,9 @@ def switch_dropout_off(config):
                 setattr(part, key, 0.0)
 
 
-def load_processor(name):
-    """The processor of a model. Raises UserError if it cannot put a question about an image."""
+def load_processor(name, edges=None):
+    """The processor of a model, with bounds of an image's area where they are given. Raises
+    UserError if it cannot put a question about an image."""
     processor, form = AutoProcessor.from_pretrained(name), dict(add_generation_prompt=True)
     try:
         chat = processor.apply_chat_template(chat_messages("?"), tokenize=False, **form)
@@ -64,6 +65,8 @@ def load_processor(name):
         raise UserError(f"--model {name}: its tokenizer has no end token (eos_token)")
     if not chat.rstrip().endswith(TAGS[0]):
         write_tags_as_text(processor.tokenizer)
+    if edges:
+        processor.image_processor.size = edges
     return processor
 
 
@@ -71,9 +74,7 @@ def write_tags_as_text(tokenizer):
     """Where <think> is one token but the chat template does not open it, as in Qwen3-VL Instruct,
     it is untrained: the tokenizer is to write the tags in pieces. It still reads that token."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    tags = {
-        token["content"]: token["id"] for token in state["added_tokens"] if token["content"] in TAGS
-    }
+    tags = {t["content"]: t["id"] for t in state["added_tokens"] if t["content"] in TAGS}
     if tags:
         print("<think> is an untrained token of this model: its tags are written as plain text")
         state["added_tokens"] = [t for t in state["added_tokens"] if t["content"] not in tags]
@@ -93,9 +94,8 @@ def load_adapter(run, model, settings):
     Raises UserError if not all of it fits."""
     known = Path(run.model) / "base.json"
     if known.exists() and json.loads(known.read_text())["weights"] != weights_id(model):
-        raise UserError(
-            f"--model {run.model} adapts other weights than those of {model.name_or_path}"
-        )
+        reason = f"adapts other weights than those of {model.name_or_path}"
+        raise UserError(f"--model {run.model} {reason}")
     settings.inference_mode = True
     model = peft.PeftModel(model, settings)
     found = model.load_adapter(run.model, "default", key_mapping=RENAMED)
@@ -125,7 +125,7 @@ def load_model(run):
         ask_hub(base)
         config = AutoConfig.from_pretrained(base)
         check_model(run, config, adapter)
-        processor = load_processor(run.model)
+        processor = load_processor(run.model, run.edges)
         switch_dropout_off(config)
         model, info = AutoModelForImageTextToText.from_pretrained(base, config=config, **how)
         if adapter:
@@ -144,7 +144,4 @@ def load_model(run):
     tokens, room = len(processor.tokenizer), len(model.get_input_embeddings().weight)
     if tokens > room:
         raise UserError(f"{name}: its tokenizer has {tokens} tokens, its embedding {room}")
-    if run.dataset:
-        edges = dict(shortest_edge=run.min_pixels, longest_edge=run.max_pixels)
-        processor.image_processor.size = edges
     return model, processor

@@ -56,10 +56,9 @@ def recipe_of(config, run) -> str:
     text = ", ".join([run.algorithm, *weights, *["gated"] * config.gated])
     if run.preset:
         old, new = asdict(PAPOConfig.preset(run.preset)), asdict(config)
-        changed = ", ".join(
-            f"{name} {old[name]} -> {new[name]}" for name in old if new[name] != old[name]
-        )
-        text += f"; preset {run.preset} {f'but for {changed}' if changed else 'as published'}"
+        changed = [f"{name} {old[name]} -> {new[name]}" for name in old if new[name] != old[name]]
+        but = f"but for {', '.join(changed)}" if changed else "as published"
+        text += f"; preset {run.preset} {but}"
     return text
 
 
@@ -82,6 +81,7 @@ def describe(model, config, run, questions, device):
 
 
 def print_block(lines):
+    """{word: text}, a line each."""
     print("\n" + "\n".join(f"{word:11}{text}" for word, text in lines.items()) + "\n")
 
 
@@ -90,10 +90,8 @@ def print_table(title, columns):
     print(f"\n{title:36}" + "".join(f"{heading:>8}" for heading in columns))
     for name, label in MEASURES.items():
         if all(name in summary for summary in columns.values()):
-            print(
-                f"{label:36}"
-                + "".join(f"{100 * summary[name]:8.1f}" for summary in columns.values())
-            )
+            values = (f"{100 * summary[name]:8.1f}" for summary in columns.values())
+            print(f"{label:36}" + "".join(values))
 
 
 def evaluation_in(line):
@@ -244,22 +242,22 @@ def shade(token, gain, wrong=False):
     text = token.rstrip("\n")
     number = f"<small>{gain:+.1f}</small>" if text and abs(gain) >= 0.1 else ""
     colour = f"rgb({'0 114 178' if gain > 0 else '230 159 0'} / {min(abs(gain) / 5, 0.8):.2f})"
-    look = (
-        f'class="token{" misread" * wrong}" title="{gain:+.2f} nats" style="background: {colour}"'
-    )
+    kind = f"token{' misread' * wrong}"
+    look = f'class="{kind}" title="{gain:+.2f} nats" style="background: {colour}"'
     return f"<span {look}>{html.escape(text)}{number}</span>{token[len(text) :]}"
 
 
 def show_picture(image, caption):
+    """A PIL image as HTML."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return (
-        f'<figure><img alt="{caption}" src="{source}"><figcaption>{caption}</figcaption></figure>'
-    )
+    below = f"<figcaption>{caption}</figcaption>"
+    return f'<figure><img alt="{caption}" src="{source}">{below}</figure>'
 
 
 def show_response(r):
+    """A response of look_closely as HTML: its tokens, shaded, and its scores."""
     parts = [f"{name} {value:.2f}" for name, value in r["score"].items()]
     parts += [f"advantage {r['advantage']:+.2f}"] + [f"{r['error']} error"] * bool(r["error"])
     tokens = (shade(token, gain, i in r["misread"]) for i, (token, gain) in enumerate(r["tokens"]))
@@ -300,11 +298,9 @@ def leave_behind(out, plan, history, before, after, seconds, memory):
     evaluations = [evaluation_in(line) for line in history if "eval_accuracy" in line]
     columns = {"before": evaluations[0], "after": evaluations[-1]}
     print_table("held-out questions, % of responses", columns)
-    share = {
-        name: f"{spent:5.0f} s  {spent / sum(seconds.values()):4.0%}"
-        for name, spent in seconds.items()
-    }
-    print_block({name: f"{text}  up to {memory[name]:.1f} GiB" for name, text in share.items()})
+    total = sum(seconds.values())
+    phase = lambda name, s: f"{s:5.0f} s  {s / total:4.0%}  up to {memory[name]:.1f} GiB"
+    print_block({name: phase(name, spent) for name, spent in seconds.items()})
     for name in ("samples.html", "curves.png", "metrics.jsonl", "checkpoint/README.md"):
         print((out / name).resolve().as_uri())
 

@@ -65,6 +65,7 @@ def as_lines(history):
 
 
 def append_line(path, line):
+    """Add a line of metrics to a file."""
     try:
         with open(path, "a") as file:
             file.write(as_lines([line]))

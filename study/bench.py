@@ -429,16 +429,19 @@ def gpu_run(memory, size):
 
 
 def sample_phase(trainer, config, rows):
+    """Roll out a batch. -> groups"""
     source = map(dict, rows), trainer.generator  # copies: prompts are taken out
     return papo.roll_out(trainer.model, trainer.processor, config, *source)[0]
 
 
 def score_phase(trainer, config, groups):
+    """Score what the updates hold constant. -> the same groups"""
     papo.score_constants(trainer.model, trainer.reference, config, groups)
     return groups
 
 
 def update_phase(trainer, config, groups):
+    """All updates of a batch."""
     for update in papo.split_batch(config, groups):
         papo.papo_step(trainer.model, trainer.optimizer, config, update)
 
@@ -534,6 +537,7 @@ TRL_TABLE = (
 
 
 def main(argv=None):
+    """The command: all tables, or with --gpu one."""
     parser = argparse.ArgumentParser(description="Ratios of time and memory, side by side.")
     parser.add_argument("--trl", action="store_true", help="add train_small.py against papo_trl.py")
     parser.add_argument("--gpu", action="store_true", help="instead one batch of a 3B model")

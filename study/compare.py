@@ -34,16 +34,23 @@ ARMS |= {  # the second world
     f"largest-{name}": (8, "largest-dapo", f"--task=largest {flags}")
     for name, flags in {"dapo": "--algorithm=dapo", **FLAGS}.items()
 }
-NAMES = {"dapo": "DAPO", "papo-d": "PAPO-D, gamma 0.01", "papo-d-gamma-0.3": "PAPO-D, gamma 0.3"}
-NAMES |= {"papo-d-gated-10": "PAPO-D, gated, gamma 10", "vppo": "VPPO", "pgpo": "PGPO"}
-NAMES |= {"pgpo-dev": "PGPO, development code", "pgpo-black": "PGPO, black image", "vgpo": "VGPO"}
-NAMES |= {
+NAMES = {  # the arms that are compared, in words
+    "dapo": "DAPO",
+    "papo-d": "PAPO-D, gamma 0.01",
+    "papo-d-gamma-0.3": "PAPO-D, gamma 0.3",
+    "papo-d-gated-10": "PAPO-D, gated, gamma 10",
+    "vppo": "VPPO",
+    "pgpo": "PGPO",
+    "pgpo-dev": "PGPO, development code",
+    "pgpo-black": "PGPO, black image",
+    "vgpo": "VGPO",
     "dvrp": "DVRP",
     "vepo": "VEPO",
     "dapo-push": "push, on DAPO",
     "dapo-eta1": "eta1 0.05, on DAPO",
+    "control-push": "push, on GRPO",
+    "control-eta1": "eta1 0.05, on GRPO",
 }
-NAMES |= {"control-push": "push, on GRPO", "control-eta1": "eta1 0.05, on GRPO"}
 COSTS = Path(__file__).with_name("steps.json")
 
 
@@ -102,11 +109,9 @@ def table(runs):
                 cells[place] = "{:+.1f} ± {:.1f}".format(*interval(gains))
                 chances[place] = ttest_1samp(gains, 0).pvalue
     kept = holm(chances)
-    head = (
-        "arm, seeds, over the run, over the run: minus the push, the end, the end: high dependency"
-    )
-    head += ", misread, all digits read, lucky, grounding, cost of a step"
-    rows = [head.split(", "), ["---"] * 11]
+    head = ["arm", "seeds", "over the run", "over the run: minus the push", "the end"]
+    head += ["the end: high dependency", "misread", "all digits read", "lucky", "grounding"]
+    rows = [[*head, "cost of a step"], ["---"] * 11]
     for arm in filter(runs.get, NAMES):
         shown = [cells.get((arm, c), "") + "*" * ((arm, c) in kept) for c in columns]
         for measure in ("error_perception", "read", "lucky", "grounding"):
@@ -122,10 +127,15 @@ def table(runs):
 def step_costs(rounds=5):
     """{arm: processor time of a step over DAPO's}: medians of steps taken in turn, each of as many
     groups, for none is redrawn."""
+    import toy
+    import train_small as ts
+    from study.methods import OBJECTIVES
+    from study.reproduce import ARMS, WARM_START  # which takes its statistics from here
+
     trainers, spent = {}, {arm: [] for arm in NAMES}
     for arm in NAMES:
-        settings = ts.parse_args([*reproduce.ARMS[arm][2].split(), "--dynamic_sampling=False"])
-        learner = toy.warm_start(recipe=reproduce.WARM_START)
+        settings = ts.parse_args([*ARMS[arm][2].split(), "--dynamic_sampling=False"])
+        learner = toy.warm_start(recipe=WARM_START)
         trainers[arm] = ts.Trainer(*learner, *settings, toy.toy_dataset("train", 2048))
         if arm in OBJECTIVES:
             trainers[arm].objective = partial(OBJECTIVES[arm], progress=0.5)
@@ -139,11 +149,8 @@ def step_costs(rounds=5):
 
 
 if __name__ == "__main__":
-    import toy
-    import train_small as ts
-    from study import reproduce
-    from study.methods import OBJECTIVES
+    from study.reproduce import load_runs
 
     if "time" in sys.argv:
         COSTS.write_text(json.dumps(step_costs(), indent=1) + "\n")
-    print(table(reproduce.load_runs(COSTS.with_name("runs"))))
+    print(table(load_runs(COSTS.with_name("runs"))))

@@ -333,7 +333,7 @@ def test_lora_has_a_learning_rate_of_its_own():
     """Ten times full fine-tuning's, unless one is given."""
     rate = lambda flags: ts.parse_args(flags.split())[0].learning_rate
     assert rate("--model x") == 1e-6 and rate("--model x --lora 8") == 1e-5
-    assert rate("--lora 8 --merge") == 1e-3 == 10 * ts.TOY_SIZES["learning_rate"]
+    assert rate("--lora 8 --merge") == 1e-3 == 10 * ts.TOY["learning_rate"]
     assert rate("--model x --gpu-memory 24") == 1e-5 and rate("--model x --gpu-memory 80") == 1e-6
     assert rate("--model x --lora 8 --learning-rate 3e-6") == 3e-6
     args = ts.parse_args("--model x --lora 8 --preset papo-g-3b".split())
