@@ -298,8 +298,8 @@ def plot_ladders(runs, panels, relative=False):
         axis.set(xscale="log", xlabel=xlabel, title=f"{title}, %", ylim=(-3, 103))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    names = sorted(labels)
-    figure.legend(map(labels.get, names), names, frameon=False, ncols=2, loc="outside lower center")
+    names, lines = zip(*sorted(labels.items()))
+    figure.legend(lines, names, frameon=False, ncols=2, loc="outside lower center")
     return figure
 
 
