@@ -284,12 +284,10 @@ def extract_boxed(text: str) -> str | None:
     """
     opened, (start, end) = [], (0, 0)  # one pass: a million unclosed boxes cost no more than text
     for token in re.finditer(r"\\[{}]|(\\boxed\{|\{)|(\})", text):
-        if token[1]:  # \boxed{ or {
-            opened.append(token)
-        elif token[2] and opened:  # }
-            opener = opened.pop()
-            if opener[1] != "{":  # of the closed boxes the one that opens last
-                start, end = max((start, end), (opener.end(), token.start()))
+        if token[1]:
+            opened.append(token.end() if token[1] != "{" else 0)  # 0: a brace that opens no box
+        elif token[2] and opened:  # of the closed boxes the one that opens last
+            start, end = max((start, end), (opened.pop(), token.start()))
     return text[start:end] if start else None
 
 
