@@ -385,9 +385,7 @@ def prefill(model, prompts):
     pad = dict(batch_first=True, padding_side="left")
     ids = [prompt["input_ids"][0] for prompt in prompts]  # n x (P,)
     seen = pad_sequence([torch.ones_like(row) for row in ids], **pad).to(model.device)  # (n, P)
-    input_ids = pad_sequence(ids, **pad).to(
-        model.device
-    )  # (n, P) whatever the padding, no one sees
+    input_ids = pad_sequence(ids, **pad).to(model.device)  # (n, P) no one sees the padding
     images = image_inputs(prompts, model.device)
     positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
     # The cache goes by place, since transformers renames it: past_key_values, cache from 5.24 on.
