@@ -1,8 +1,9 @@
 """Which use of the second view is worth its cost? PAPO's successors side by side, on DAPO's base.
 
 `python -m study.compare` prints the table of the runs that are kept (methods.md); with `time` it
-first measures what a step costs, in steps.json. Each arm has its paper's constants, none was tuned
-here. reproduce.py takes its statistics from here.
+first measures what a step costs, in steps.json. Each method is there with its paper's constants,
+and, as NAME@WEIGHT, with its one weight (methods.py) as chosen here: the best over the run of five,
+on the validation digits, with seeds 0 and 1. reproduce.py takes its statistics from here.
 """
 
 import json
@@ -26,14 +27,25 @@ FLAGS = {  # Name: flags of train_small.py, the objective of that name is in met
     "dvrp": MASKED,
     "vepo": "--algorithm=dapo --clip_high=0.2 --clip_dual=inf",
     # Controls on the same base: log pi pushed up where A > 0, a small entropy term.
-    "dapo-push": f"{MASKED} --gamma=10",
+    "dapo-push": "--algorithm=dapo",
     "dapo-eta1": "--algorithm=papo-d --gamma=0 --eta1=0.05 --eta2=0",
+}
+LADDERS = {  # the authors' weight among five
+    "vppo": (0.1, 0.2, 0.4, 0.6, 0.8),
+    "pgpo": (0.2, 0.6, 2, 6, 20),
+    "vgpo": (0.03, 0.1, 0.3, 1, 3),
+    "dvrp": (0.01, 0.03, 0.1, 0.3, 1),
+    "vepo": (0.1, 0.2, 0.4, 0.6, 0.8),
+    "dapo-push": (1, 3, 10, 30, 100),
 }
 ARMS = {name: (8, "dapo dapo-push", flags) for name, flags in FLAGS.items()}
 ARMS |= {  # the second world
     f"largest-{name}": (8, "largest-dapo", f"--task=largest {flags}")
     for name, flags in {"dapo": "--algorithm=dapo", **FLAGS}.items()
 }
+ARMS["choose-dapo"] = 2, "choose-dapo", "--algorithm=dapo"
+for method, weights in LADDERS.items():
+    ARMS |= {f"choose-{method}@{w}": (2, "choose-dapo", FLAGS[method]) for w in weights}
 NAMES = {  # the arms that are compared, in words
     "dapo": "DAPO",
     "papo-d": "PAPO-D, gamma 0.01",

@@ -2,9 +2,10 @@
 
 Each takes what `papo_loss` takes and returns what it returns: `trainer.objective = pgpo_loss` is
 all that a run needs. Above each stand its equations and constants, and where ours departs from its
-authors'. In all but VGPO the authors' second view is scored by the policy before a batch's updates,
-ours by the policy that is trained, as PAPO's. All views are constants: no gradient flows through
-them. What a method takes within a group or update batch, ours takes within a pass, here a group.
+authors'. `weight` is the one constant that the study varies, by default its authors'. In all but
+VGPO the authors' second view is scored by the policy before a batch's updates, ours by the policy
+that is trained, as PAPO's. All views are constants: no gradient flows through them. What a method
+takes within a group or update batch, ours takes within a pass, here a group.
 
     d_t     k3 of pi and the view at token t, in [0, 10]        |o|  a response's tokens
     minmax  scaled to [0, 1], per response where nothing else is said; 0 where all are equal
@@ -49,31 +50,34 @@ def weighted_loss(config, logps, old_logps, advantages, mask, weights, terms=())
     return loss, {"loss": loss.item(), **{name: x.item() for name, x in means.items()}}
 
 
-def vppo_loss(config, logps, old_logps, advantages, response_mask, masked_logps, **_):
+def vppo_loss(
+    config, logps, old_logps, advantages, response_mask, masked_logps, weight=0.4, **_
+):  # fmt: skip
     """VPPO, arXiv 2510.09285, code huaixuheqing/VPPO-RL (read).
 
-        loss = mean over all tokens of [t in the top 40 % by d_t] L_t(f_i A_i) + 0.06 mean(-log pi)
+        loss = mean over all tokens of [t in the top share by d_t] L_t(f_i A_i) + 0.06 mean(-log pi)
         f_i  = 0.9 + 0.1 s_i / mean(s),   s_i = mean_t d_t - the smallest mean_t d_t
 
-    0.4 (rounded up), 0.9, 0.06 and patches blacked out with probability 0.5 are its authors'.
+    weight: the share, 0.4, rounded up. 0.9, 0.06 and a masking ratio of 0.5 are its authors', too.
     Departures: s_i within the group, theirs within the update's batch; one mask for a group, theirs
     one for each response. Their paper has the exact KL, their code k3."""
     dependency = kl_k3(logps, masked_logps).detach().masked_fill(response_mask == 0, -1)  # (B, T)
     means = (dependency * response_mask).sum(1) / response_mask.sum(1)  # (B,)
     above = means - means.min()  # (B,)
     factor = 0.9 + 0.1 * above / above.mean().clamp(min=1e-9)  # (B,) 0.9 at least, 1 in the mean
-    kept, entropy = top(dependency, response_mask, 0.4), ("entropy", 0.06, -logps)  # (B, T), (B, T)
+    kept = top(dependency, response_mask, weight)  # (B, T)
     given = config, logps, old_logps, advantages * factor, response_mask
-    return weighted_loss(*given, kept, [entropy])
+    return weighted_loss(*given, kept, [("entropy", 0.06, -logps)])
 
 
 def pgpo_loss(
-    config, logps, old_logps, advantages, response_mask, row, masked_logps=None, dev=False, **_
+    config, logps, old_logps, advantages, response_mask, row, masked_logps=None, dev=False,
+    weight=2.0, **_,
 ):  # fmt: skip
     """PGPO, arXiv 2604.01840 (second-hand; its code is not public). The view has no image.
 
         I_t  = minmax(log(1 + d_t)),   tau = 0.4
-        w_t  = I_t / tau where I_t < tau, else 1 + 2 (I_t - tau) / (1 - tau)
+        w_t  = I_t / tau where I_t < tau, else 1 + weight (I_t - tau) / (1 - tau)
         loss = mean(w_t L_t),   w scaled to sum to |o| (all 1 where it is 0)
 
     dev: as development code has it, tau = the response's I in ascending order at floor(0.4 |o|),
@@ -89,7 +93,7 @@ def pgpo_loss(
     if dev:
         ascending = index.masked_fill(response_mask == 0, math.inf).sort(1).values  # (B, T)
         tau = ascending.gather(1, (0.4 * lengths).long())  # (B, 1)
-    above = 1 + 2 * (index - tau) / (1 - tau).clamp(min=1e-9)  # (B, T)
+    above = 1 + weight * (index - tau) / (1 - tau).clamp(min=1e-9)  # (B, T)
     weights = torch.where(index < tau, index / tau.clamp(min=1e-9), above) * response_mask  # (B, T)
     total = weights.sum(1, keepdim=True)  # (B, 1)
     scaled = torch.where(total > 0, weights * lengths / total.clamp(min=1e-9), 1.0)  # (B, T)
@@ -97,11 +101,11 @@ def pgpo_loss(
     return weighted_loss(config, logps, old_logps, advantages, response_mask, weights)
 
 
-def vgpo_loss(config, logps, old_logps, advantages, response_mask, row, **_):
+def vgpo_loss(config, logps, old_logps, advantages, response_mask, row, weight=0.3, **_):
     """VGPO, arXiv 2604.09349, code wzb-bupt/VGPO (read). No second view: c_t is the cosine of the
     last layer's state after o_t and the mean state of the image's tokens.
 
-        w_t   = minmax over the group (c_t) * (1 + 0.3 g_t t / (|o| - 1))
+        w_t   = minmax over the group (c_t) * (1 + weight g_t t / (|o| - 1))
         g_t   = 1 for the top fifth by c_t of the second half, at least one token; else 0
         psi_t = clamp(1 + v_t - mean(v), 0.1, 2),    v = minmax(w)
         a_i   = clamp(1 + p_i - mean(p), 0.9, 2),    p = minmax over the group (sum_t v_t)
@@ -121,7 +125,7 @@ def vgpo_loss(config, logps, old_logps, advantages, response_mask, row, **_):
     ranked = cosine.masked_fill(~late, -math.inf).sort(1, descending=True).values  # (B, T)
     gate = late & (cosine >= ranked.gather(1, count - 1))  # (B, T)
     weights = minmax(cosine.view(1, -1), response_mask.view(1, -1)).view_as(cosine)  # (B, T)
-    weights = weights * (1 + 0.3 * gate * place / (lengths - 1).clamp(min=1))  # (B, T)
+    weights = weights * (1 + weight * gate * place / (lengths - 1).clamp(min=1))  # (B, T)
     focus = minmax(weights, response_mask)  # (B, T) v
     total = focus.sum(1, keepdim=True)  # (B, 1)
     share = minmax(total.T, torch.ones_like(total.T)).T  # (B, 1) p
@@ -145,12 +149,13 @@ def diffused(prompt, t):
 
 
 def dvrp_loss(
-    config, logps, old_logps, advantages, response_mask, row, masked_logps, progress, **_
+    config, logps, old_logps, advantages, response_mask, row, masked_logps, progress, weight=0.01,
+    **_,
 ):  # fmt: skip
     """DVRP, arXiv 2601.06801 (second-hand, no code): a masked view to depart from, a noised one to
     stay near.
 
-        loss = mean(L_t) - 0.01 KL[pi || pi_mask] + 0.01 KL[pi || pi_noise]
+        loss = mean(L_t) - weight KL[pi || pi_mask] + weight KL[pi || pi_noise]
                          + 0.05 H[pi_mask] + 0.05 H[pi_noise]
 
     Patches of 14 pixels are black with probability 0.6; the noise is that of step t = 500
@@ -162,8 +167,8 @@ def dvrp_loss(
         view = row.model, diffused(row.prompt, t), row.responses
         noised_logps = group_logps(*view, config.temperature)[0]  # (B, T)
     terms = [
-        ("kl_prcp", -0.01, kl_k3(logps, masked_logps.detach())),  # (B, T)
-        ("kl_noise", 0.01, kl_k3(logps, noised_logps)),  # (B, T)
+        ("kl_prcp", -weight, kl_k3(logps, masked_logps.detach())),  # (B, T)
+        ("kl_noise", weight, kl_k3(logps, noised_logps)),  # (B, T)
     ]
     return weighted_loss(config, logps, old_logps, advantages, response_mask, 1.0, terms)
 
@@ -184,7 +189,7 @@ def vepo_scores(row, noised, temperature):
 
 
 @torch.no_grad()
-def vepo_mask(row, response_mask, temperature):
+def vepo_mask(row, response_mask, temperature, share=0.2):
     """The tokens that VEPO trains. Row, (B, T) -> (B, T)"""
     pixels = row.prompt["pixel_values"]  # (patches, values)
     noised = {**row.prompt, "pixel_values": pixels + 2 * torch.randn_like(pixels)}
@@ -192,18 +197,21 @@ def vepo_mask(row, response_mask, temperature):
     divergence, entropy, other = vepo_scores(row, noised, temperature)  # (B, T) each
     j, h, e = (minmax(x, response_mask) for x in (divergence, entropy, (other - entropy).abs()))
     score = (1 - (1 - j) ** 0.7 * (1 - e) ** 0.3) * h  # (B, T)
-    return response_mask * top(score, response_mask, 0.2)
+    return response_mask * top(score, response_mask, share)
 
 
-def vepo_loss(config, logps, old_logps, advantages, response_mask, row, entropy, **_):
+def vepo_loss(
+    config, logps, old_logps, advantages, response_mask, row, entropy, weight=0.2, **_
+):  # fmt: skip
     """VEPO, arXiv 2606.03937, code Leonnnnnn929/VEPO (read). The view: normal noise of deviation 2
     on the normalised pixels. j, h, e = minmax of JSD(pi, pi_noise), H[pi], |H[pi_noise] - H[pi]|.
 
-        loss = mean of L_t over the top 20 % by (1 - (1 - j)^0.7 (1 - e)^0.3) h - 0.001 mean(H[pi])
+        loss = mean of L_t over the top share by (1 - (1 - j)^0.7 (1 - e)^0.3) h - 0.001 mean(H[pi])
 
-    Both clips 0.2, no dual clip. Departures: with DAPO's redrawing, where theirs has none; G = 8,
-    theirs 12; the mean over chosen tokens is the group's, theirs the micro-batch's."""
-    chosen = vepo_mask(row, response_mask, config.temperature)  # (B, T)
+    weight: the share. Both clips 0.2, no dual clip. Departures: with DAPO's redrawing, where theirs
+    has none; G = 8, theirs 12; the mean over chosen tokens is the group's, theirs the
+    micro-batch's."""
+    chosen = vepo_mask(row, response_mask, config.temperature, weight)  # (B, T)
     given = config, logps, old_logps, advantages
     loss, metrics = weighted_loss(*given, chosen, 1.0)
     bonus = aggregate(entropy, response_mask, config.aggregation)  # scalar
@@ -211,13 +219,13 @@ def vepo_loss(config, logps, old_logps, advantages, response_mask, row, entropy,
     return loss, {**metrics, "loss": loss.item(), "entropy": bonus.item()}
 
 
-def push_loss(config, logps, advantages, response_mask, progress=None, **rest):
-    """The control of the gated term: gamma log pi instead of gamma k3, for every token of a
-    response with A > 0."""
+def push_loss(config, logps, advantages, response_mask, progress=None, weight=10.0, **rest):
+    """The control of the gated term at gamma 10: weight log pi instead of gamma k3, for every token
+    of a response with A > 0. No second view."""
     given = dict(advantages=advantages, response_mask=response_mask, **rest)
     loss, metrics = papo_loss(replace(config, gamma=0.0), logps, **given)
     right = (advantages[:, None] > 0) * logps  # (B, T)
-    return loss - config.gamma * aggregate(right, response_mask, config.aggregation), metrics
+    return loss - weight * aggregate(right, response_mask, config.aggregation), metrics
 
 
 # The objectives of the study's arms that have their own.

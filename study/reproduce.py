@@ -141,10 +141,11 @@ def run_arm(name, seed, path):
     config, run = ts.parse_args(["--seed", str(seed), *ARMS[name][2].split()])
     model, processor = toy.warm_start(seed=seed, recipe=WARM_START, task=run.task)
     train = toy.toy_dataset("train", 2048, seed=seed, task=run.task)
-    test = toy.toy_dataset("test", stride(name) * QUESTIONS, task=run.task)
+    split = "validation" if name.startswith("choose-") else "test"
+    test = toy.toy_dataset(split, stride(name) * QUESTIONS, task=run.task)
     train, test = (rows.select(range(0, len(rows), stride(name))) for rows in (train, test))
     trainer, lines = ts.Trainer(model, processor, config, run, train), []
-    own = OBJECTIVES.get(name.removeprefix("largest-"))
+    own = own_objective(name)
     for step in range(run.steps + 1):
         if own:
             trainer.objective = partial(own, progress=step / run.steps)
@@ -166,6 +167,13 @@ def run_arm(name, seed, path):
     with gzip.open(draft, "wt") as file:
         file.writelines(json.dumps(line) + "\n" for line in lines)
     draft.replace(path)
+
+
+def own_objective(arm):
+    """The objective of an arm such as "pgpo", "largest-pgpo" or "choose-pgpo@6"; None: PAPO's."""
+    method, _, weight = arm.removeprefix("largest-").removeprefix("choose-").partition("@")
+    own = OBJECTIVES.get(method)
+    return partial(own, weight=float(weight)) if weight else own
 
 
 def stride(arm):

@@ -2,6 +2,7 @@
 same sum with one rule broken; and what each of them asks of a real model."""
 
 import math
+from functools import partial
 from statistics import mean
 from types import SimpleNamespace
 
@@ -70,6 +71,7 @@ def test_vppo():
         return total / 9
 
     check(methods.vppo_loss, hand(), hand(share=1), hand(floor=1), hand(bonus=-0.06))
+    check(partial(methods.vppo_loss, weight=0.6), hand(share=0.6), hand())
 
 
 @pytest.mark.parametrize("dev", [False, True])
@@ -85,8 +87,9 @@ def test_pgpo(dev):
             weights.append([max(x, 0.1) for x in w] if dev else [x * n / total for x in w])
         return over_all(weights)
 
-    loss = lambda *args, **given: methods.pgpo_loss(*args, dev=dev, **given)
+    loss = partial(methods.pgpo_loss, dev=dev)
     check(loss, hand(), hand(dev=not dev), hand(boost=0), hand(log=float))
+    check(partial(loss, weight=6.0), hand(boost=6), hand())
 
 
 def test_pgpo_where_no_token_depends_on_the_image():
@@ -127,6 +130,7 @@ def test_vgpo():
         return over_all([[a * x for x in row] for a, row in zip(alpha, psi)])
 
     check(methods.vgpo_loss, hand(), hand(boost=0), hand(half=5), hand(low=0), row=row)
+    check(partial(methods.vgpo_loss, weight=3.0), hand(boost=3), hand(), row=row)
 
 
 def test_dvrp(monkeypatch):
@@ -139,9 +143,10 @@ def test_dvrp(monkeypatch):
     monkeypatch.setattr(methods, "group_logps", lambda *_: (batch(NOISE),))
     monkeypatch.setattr(methods, "diffused", lambda prompt, t: steps.append(t))
     for progress in (0, 0.5, 1):
-        loss = lambda *args, p=progress, **given: methods.dvrp_loss(*args, progress=p, **given)
+        loss = partial(methods.dvrp_loss, progress=progress)
         check(loss, hand(), hand(noise=0), hand(mask=0.01, noise=-0.01), row=row)
     assert steps[::2] == [496, 250, 3]
+    check(partial(loss, weight=0.3), hand(-0.3, 0.3), hand(), row=row)
 
 
 def test_diffusion_noise(one_vlm, monkeypatch):
@@ -193,18 +198,19 @@ def test_vepo(monkeypatch):
     wrong = hand(share=0.5), hand(alpha=0), hand(gap=float), hand(bonus=-1)
     loss = lambda _, **given: methods.vepo_loss(config, **given)
     check(loss, hand(), *wrong[:1], *wrong[3:], **given)
+    check(partial(loss, weight=0.5), hand(share=0.5), hand(), **given)
     assert len({round(x, 9) for x in (hand(), *wrong)}) > 3
 
 
 def test_the_push_asks_nothing_of_the_image():
-    """GRPO's loss minus gamma times the mean log pi of the responses with A > 0, padding aside."""
+    """GRPO's loss minus weight times the mean log pi of the responses with A > 0, padding aside."""
     given = dict(old_logps=batch(OLD), advantages=torch.tensor(ADVANTAGES, dtype=torch.float64))
     given |= dict(logps=batch(PI), response_mask=MASK)
     grpo, _ = papo_loss(PAPOConfig(gamma=0.0, beta=0.0), **given)
-    wanted = grpo.item() - 10 * (mean(PI[0]) + mean(PI[2])) / 3
-    for other in (VIEW, PI):
-        config = PAPOConfig(gamma=10.0, beta=0.0)
-        loss, _ = methods.push_loss(config, masked_logps=batch(other), progress=0.5, **given)
+    for other, weight in ((VIEW, 10.0), (PI, 3.0)):
+        wanted = grpo.item() - weight * (mean(PI[0]) + mean(PI[2])) / 3
+        given |= dict(masked_logps=batch(other), weight=weight)
+        loss, _ = methods.push_loss(PAPOConfig(gamma=1.0, beta=0.0), progress=0.5, **given)
         assert loss.item() == pytest.approx(wanted, rel=1e-9)
 
 
