@@ -18,14 +18,17 @@ picture did not look at it. What is maximised (paper Eq. 2), per response token:
 
 pi_old sampled the response, pi_ref is the policy before training, pi_mask is pi_theta looking at
 the masked image; KL and H are of the next token's distribution. The perception KL can be hacked, as
-[1] calls it: at a large gamma the policy raises it with unrelated tokens and forgets the answer.
-The double entropy keeps both distributions sure, which works against that, up to a point.
+[1] calls it: at a large gamma the policy raises it by writing what has nothing to do with the
+question. The double entropy keeps both distributions peaked, which slows that, up to a point.
 
 THE WAY OF THE DATA
     question, image, answer -> encode_prompt -> sample_groups -> compute_reward -> group_advantages
                             -> mask_patches  -> mask_prompt   -> group_logps x 1..4 -> papo_loss
-    roll_out goes as far as mask_prompt. score_constants runs group_logps for the old and the
-    reference policy, papo_step for the trained one and its masked view; then it updates.
+    A trainer's step: one batch of responses, from which several updates are made.
+        groups, redraws = roll_out(model, processor, config, rows, generator)  # to mask_prompt
+        score_constants(model, reference, config, groups)  # old and reference logps
+        for part in split_batch(config, groups):
+            papo_step(model, optimizer, config, part)  # logps, masked logps, loss, update
 
 THE SECTIONS
     1 masking   2 advantages   3 terms of the loss   4 objective: up to here it is all of PAPO
@@ -43,7 +46,7 @@ V vocabulary, H hidden width; N: all response tokens of a group, one after the o
     response_mask       1 where t < |o|   (B, T)   1 on response tokens, end token too; 0 on padding
     rewards             R                 (G,)     one number per response, here in [0, 1]
     advantages          A                 (B,)     reward standardised within its group
-    clip_low, clip_high eps_l, eps_h      float    how far the ratio r may pay; clip_dual: c
+    clip_low, clip_high eps_l, eps_h      float    r is clipped to 1-eps_l .. 1+eps_h; clip_dual: c
     gamma, beta         gamma, beta       float    weight of the perception KL, of the reference KL
     eta1, eta2          eta_1, eta_2      float    weights of the two entropies
     mask_ratio          p                 float    probability that a patch is blacked out
@@ -56,19 +59,17 @@ WORDS
     processor   a VLM's tokenizer, chat template and preparation of images in one
     GRPO, DAPO  policy gradient with the group's mean reward as baseline [3]; the same with one
                 average over all tokens, a higher upper clip, and only groups of mixed results [4]
-    on-policy   the responses come from the very policy that is differentiated, so r = 1: a rollout
-                batch's first update
+    on-policy   the responses come from the very policy that is differentiated, so r = 1. So it is
+                in a batch's first update; in the later ones r moves, and the clip acts
     nat         unit of log-probabilities with the natural logarithm; 1 nat = a factor of 2.7
-    k1, k2, k3  estimators of KL[pi || other] from samples of pi, with x = other / pi [5]:
-                -log x, (log x)^2 / 2, x - log x - 1
 
-WHAT CARRIES GRADIENT (masked_grad; "entropy" if eta2 > 0, else "detached", where it is not given)
+WHAT CARRIES GRADIENT, by masked_grad (by default "entropy" if eta2 > 0, else "detached")
     masked_grad   KL through pi   KL through pi_mask      H[pi]   H[pi_mask]
     "detached"    yes             no                      yes     no: a constant, as in [2]
     "entropy"     yes             no                      yes     yes
     "full"        yes             yes, as Eq. 2 implies   yes     yes
-    KL is the perception KL. pi_old and pi_ref never carry any. Rewards and advantages are plain
-    numbers.
+    KL is the perception KL. Policy term and reference KL carry it through pi; pi_old and pi_ref
+    never do. Rewards and advantages are plain numbers.
 
 docs/differences.md lists all differences to the paper and to the released code, with the reasons.
 """
@@ -93,10 +94,11 @@ from grader import answers_match
 # ---- 1. Random patch masking: I -> I_mask   ([1] App. G.1) ---------------------------------------
 def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
     """Black out each patch_size x patch_size cell of a grid, independently, with probability ratio.
-    Of the ratios [1] finds 0.6 to 0.8 best; wholly black images make training collapse sooner.
+    Of the ratios [1] finds 0.6 to 0.8 best; wholly black images make training collapse sooner. A
+    group's responses share one mask, drawn afresh in each roll_out.
 
-    image: PIL, not changed; best after fit_image, so that cells are the vision tower's patches. A
-    cell cut by the right or lower edge counts as a cell. Returns a new RGB image of the same size.
+    image: PIL, not changed; resized before (fit_image), so that cells are the vision tower's
+    patches; one cut by the right or lower edge is a cell. Returns a new RGB image of the same size.
     Raises ValueError for a ratio outside [0, 1] or a patch smaller than a pixel."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"mask ratio must lie in [0, 1], got {ratio}")
@@ -104,7 +106,7 @@ def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     columns, rows = math.ceil(image.width / patch_size), math.ceil(image.height / patch_size)
     black = torch.rand(rows, columns, generator=generator) < ratio  # (rows, columns) bool
-    # One pixel per cell, 255 where black goes, is blown up to whole cells.
+    # The stencil: one pixel per cell, 255 where black goes, enlarged to whole cells.
     stencil = Image.fromarray(black.byte().mul(255).numpy())
     stencil = stencil.resize((columns * patch_size, rows * patch_size), Image.NEAREST)
     masked = image.convert("RGB")  # a copy, also of an RGB image
@@ -117,9 +119,10 @@ def group_advantages(rewards, eps=1e-6):
     """A_i = (R_i - mean(R)) / (std(R) + eps) over the group, the last dimension.
 
     rewards (..., G) -> (..., G), mean 0. The standard deviation is the unbiased one (G - 1), as in
-    [2]. A group of equal rewards teaches the policy term nothing: exactly 0, where rounding over a
-    tiny deviation would give noise (seven rewards of 0.3 would get 0.03 each). Raises ValueError
-    for a group of fewer than 2. One right answer among eight:
+    [2]. Equal rewards are set to exactly 0, since rounding over a tiny deviation gives noise (seven
+    rewards of 0.3 would get 0.03 each): such a group teaches the policy term nothing, and a gated
+    KL neither; the other terms go on. ValueError for a group of fewer than 2. One right answer
+    among eight, in the right format (0.1) all:
 
     >>> group_advantages([1.0] + [0.1] * 7)
     tensor([ 2.4749, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536, -0.3536])
@@ -145,9 +148,9 @@ def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_
 
     logps, old_logps (B, T), advantages (B,) -> (B, T), to minimise. Where the clip acts there is no
     gradient: a good response's token is pushed until it is 1 + eps_h times as likely, a bad one's
-    until it is 1 - eps_l times as likely. The bound of c keeps a bad token that has become far
-    likelier from dominating, by leaving it alone. A good token at r = 1.4 (earns 1.3 A, not 1.4 A),
-    a bad one at r = 0.5 (costs 0.8 |A|, not 0.5 |A|), and a bad one at r = 7 (3 |A|, not 7 |A|):
+    until it is 1 - eps_l times as likely. Beyond r = c a bad token has no gradient either, so that
+    it cannot dominate. A good token at r = 1.4 (earns 1.3 A, not 1.4 A), a bad one at r = 0.5
+    (costs 0.8 |A|, not 0.5 |A|), and a bad one at r = 7 (3 |A|, not 7 |A|):
 
     >>> clipped_policy_loss(torch.tensor([[1.4], [0.5], [7.0]]).log(), torch.zeros(3, 1),
     ...                     torch.tensor([2.0, -1.0, -1.0]), 0.2, 0.3, clip_dual=3.0)
@@ -155,7 +158,7 @@ def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_
             [ 0.8000],
             [ 3.0000]])
     """
-    check_shapes(logps=(logps, "B T"), old_logps=(old_logps, "B T"), advantages=(advantages, "B"))
+    check_shapes(logps=logps, old_logps=old_logps, advantages=advantages)
     advantages = advantages[:, None]  # (B, 1)
     ratio = policy_ratio(logps, old_logps)  # (B, T)
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)  # (B, T)
@@ -164,19 +167,19 @@ def clipped_policy_loss(logps, old_logps, advantages, clip_low, clip_high, clip_
 
 
 def kl_k3(logps, other_logps):
-    """k3 = x - log x - 1 with x = pi_other / pi: an unbiased, never negative estimate of
-    KL[pi || pi_other] from tokens drawn from pi.   ([2], after [5]; [1] prints 1/x: biased)
+    """k3 = x - log x - 1 with x = pi_other / pi: never negative, and but for its cap an unbiased
+    estimate of KL[pi || pi_other] from tokens of pi.   ([2], after [5]; [1] inverts x: biased)
 
-    (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x, at most 1; 0 where the clamp acts,
-    from x = 13.6 on. In expectation over tokens of pi, given their prefix, that is the gradient of
-    KL[pi_other || pi], the other direction: maximising k3, as papo_loss does for the perception KL,
-    moves pi away from where the other policy has mass. A token that the other policy likes half as
-    much, and one it likes as much:
+    (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x; 0 where the cap of 10 acts, at
+    x > 13.6 or x < e^-11. Over tokens of pi grad log pi is 0 in the mean, so that k3's gradient is
+    -E[x grad log pi], which is that of KL[pi_other || pi], the other direction: maximising k3, as
+    papo_loss does for the perception KL, moves pi away from where the other policy has mass. A
+    token that the other policy likes half as much, and one it likes as much:
 
     >>> kl_k3(torch.zeros(1, 2), torch.tensor([[0.5, 1.0]]).log())
     tensor([[0.1931, 0.0000]])
     """
-    check_shapes(logps=(logps, "B T"), other_logps=(other_logps, "B T"))
+    check_shapes(logps=logps, other_logps=other_logps)
     log_x = (other_logps - logps).clamp(-20, 20)  # (B, T)
     return (log_x.expm1() - log_x).clamp(max=10)  # (B, T) exp() - 1 would round a small log_x away
 
@@ -186,12 +189,10 @@ def perception_gate(logps, masked_logps, advantages):
 
     logps, masked_logps (B, T), advantages (B,) -> (B, T) bool. k3's derivative, 1 - pi_mask / pi,
     pushes tokens both ways, in right and wrong responses alike. What passes the gate pushes only
-    upwards, by less than gamma, and only tokens of responses above their group's mean: through pi,
-    no sampled token is pushed against its advantage, whatever gamma is. The gate trusts the reward:
-    where a guess is often right, it also pays responses that misread the image and were lucky."""
-    check_shapes(
-        logps=(logps, "B T"), masked_logps=(masked_logps, "B T"), advantages=(advantages, "B")
-    )
+    upwards, and only tokens of responses above their group's mean: this term's gradient through pi
+    never opposes an advantage, whatever gamma is. The gate trusts the reward: where a guess is
+    often right, it also pays responses that misread the image and were lucky."""
+    check_shapes(logps=logps, masked_logps=masked_logps, advantages=advantages)
     return (advantages[:, None] > 0) & (logps > masked_logps)  # (B, T)
 
 
@@ -200,14 +201,14 @@ def aggregate(per_token, response_mask, mode):
 
     "sequence": 1/B sum_i 1/|o_i| sum_t, each response counts alike ([1] Eq. 2).
     "token":    1/(sum_i |o_i|) sum_i sum_t, each token counts alike ([1] Eq. 3).
-    A response of 2 tokens at 1.0 and one of 10 tokens at 0.0:
+    The same if all are equally long. A response of 2 tokens at 1.0 and one of 10 tokens at 0.0:
 
     >>> per_token = torch.tensor([[1.0] * 2 + [9.9] * 8, [0.0] * 10])  # 9.9: padding, no effect
     >>> response_mask = torch.tensor([[1.0] * 2 + [0.0] * 8, [1.0] * 10])
     >>> [aggregate(per_token, response_mask, mode) for mode in ("sequence", "token")]
     [tensor(0.5000), tensor(0.1667)]
     """
-    check_shapes(per_token=(per_token, "B T"), response_mask=(response_mask, "B T"))
+    check_shapes(per_token=per_token, response_mask=response_mask)
     counts = response_mask.bool().sum(1)  # (B,)
     # Padding is filled with 0, not multiplied by it: 0 x nan is nan.
     sums = per_token.masked_fill(~response_mask.bool(), 0).sum(1)  # (B,)
@@ -227,19 +228,19 @@ def papo_loss(
 
         policy + beta KL[pi || pi_ref] - gamma KL[pi || pi_mask] + eta1 H[pi] + eta2 H[pi_mask]
 
-    advantages, rewards (B,); all others (B, T). entropy, masked_entropy: exact ones from
-    group_logps; None takes -log pi of the sampled tokens, as [2]. rewards and row (see Row) are
-    not read here, but an objective of your own may. Returns the scalar to minimise and a dict of
-    floats, each averaged like the loss; what was not given is not measured and has no entry.
-    kl_prcp is what is paid, in a gated run what passes the gate; the clip fractions count tokens
-    beyond a bound, whatever the sign of A. A term whose weight is 0 adds nothing at all: gamma = 0
-    is GRPO to the bit. ValueError if shapes disagree or a term with a weight lacks its input."""
-    given = dict(
-        logps=logps, old_logps=old_logps, response_mask=response_mask, masked_logps=masked_logps,
-        ref_logps=ref_logps, entropy=entropy, masked_entropy=masked_entropy,
+    The B responses are a group's, or some of it; papo_step adds the groups up. advantages, rewards
+    (B,); all others (B, T). entropy, masked_entropy: exact ones from group_logps; None takes -log
+    pi of the sampled tokens, as [2]. rewards and row (see Row) are not read here, but an objective
+    of your own may. Returns the scalar to minimise and a dict of floats, each averaged like the
+    loss; without ref_logps or masked_logps their terms have no entry. kl_prcp is what is paid, in a
+    gated run what passes the gate; the clip fractions count tokens beyond a bound, whatever the
+    sign of A. A term whose weight is 0 adds nothing at all: with gamma, eta1 and eta2 at 0 this is
+    GRPO to the bit. ValueError if shapes disagree or a term with a weight lacks its input."""
+    check_shapes(
+        logps=logps, old_logps=old_logps, advantages=advantages, response_mask=response_mask,
+        masked_logps=masked_logps, ref_logps=ref_logps, entropy=entropy,
+        masked_entropy=masked_entropy,
     )  # fmt: skip
-    shapes = {name: (tensor, "B T") for name, tensor in given.items() if tensor is not None}
-    check_shapes(**shapes, advantages=(advantages, "B"))
     if masked_logps is None and (config.gamma or config.eta2):
         raise ValueError("gamma or eta2 is not 0: papo_loss needs masked_logps")
     if ref_logps is None and config.beta:
@@ -255,7 +256,7 @@ def papo_loss(
     terms.append(("entropy", config.eta1, mean(-logps if entropy is None else entropy)))
     if masked_logps is not None:
         masked_entropy = -masked_logps if masked_entropy is None else masked_entropy  # (B, T)
-        if config.mask_gradient == "detached":
+        if config.mask_gradient == "detached":  # masked_grad, or its default
             masked_entropy = masked_entropy.detach()  # (B, T)
         kl_target = masked_logps if config.mask_gradient == "full" else masked_logps.detach()
         kl = kl_k3(logps, kl_target)  # (B, T)
@@ -316,7 +317,7 @@ def compute_reward(response: str, answer: str, format_weight: float = 0.1) -> di
 
 # ---- 6. Sampling: o_1 .. o_G ~ pi_old(. | q, I) --------------------------------------------------
 
-LOOK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between looks at what has ended: a look stops a GPU
+LOOK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between looks at what has ended: a GPU waits for one
 
 
 def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
@@ -371,8 +372,7 @@ class RoomyLayer(DynamicLayer):
 
 def end_tokens(model, processor) -> list[int]:
     """Ids that end a response: the tokenizer's, and those of the model's generation_config that are
-    special tokens, for an ordinary one would end them midway. Qwen2.5-VL lists <|im_end|> and
-    <|endoftext|>."""
+    special tokens; others would end it midway. Qwen2.5-VL lists <|im_end|> and <|endoftext|>."""
     listed = model.generation_config.eos_token_id
     listed = listed if isinstance(listed, list) else [listed]
     special = processor.tokenizer.all_special_ids
@@ -388,7 +388,7 @@ def prefill(model, prompts):
     input_ids = pad_sequence(ids, **pad).to(model.device)  # (n, P) no one sees the padding
     images = image_inputs(prompts, model.device)
     positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
-    # The cache goes by place, since transformers renames it: past_key_values, cache from 5.24 on.
+    # The cache is positional: its keyword is past_key_values, from transformers 5.24 on cache.
     inputs = input_ids, seen, positions, (cache := DynamicCache(config=model.config))
     logits = model(*inputs, use_cache=True, logits_to_keep=1, **images).logits[:, -1]  # (n, V)
     return cache, logits, positions, seen
@@ -403,9 +403,10 @@ def sample_groups(
     time for all responses.
 
     Nothing but the end tokens is taken from the model's generation_config, whose temperature and
-    penalties would make a group's responses alike. Vision tokens are never drawn. generator: on the
-    model's device. Returns per prompt a list of group_size LongTensors (<= max_new_tokens,), cut
-    after the first end token; one cut at max_new_tokens has none, and is trained as it stands."""
+    penalties would make a group's responses alike. Vision tokens are never drawn: in a response
+    they would ask for an image. generator: on the model's device. Returns per prompt a list of
+    group_size LongTensors (<= max_new_tokens,), cut after the first end token; one cut at
+    max_new_tokens has none, and is trained as it stands."""
     if not prompts:
         raise ValueError("no prompts to sample from")
     device, training = model.device, model.training
@@ -440,8 +441,8 @@ def sample_groups(
             cache.batch_select_indices(going)
         position = position + 1  # (B,)
         place = position[None, :, None].expand(3, -1, -1)  # (3, B, 1) text: all three alike
-        seen = bias[..., : positions.shape[2] + t + 1]  # (B, 1, 1, P + t + 1)
-        logits = model(token[:, None], seen, place, cache, use_cache=True).logits[:, -1]  # (B, V)
+        so_far = bias[..., : positions.shape[2] + t + 1]  # (B, 1, 1, P + t + 1)
+        logits = model(token[:, None], so_far, place, cache, use_cache=True).logits[:, -1]  # (B, V)
     model.train(training)
     responses = [row[row >= 0] for row in tokens.cpu()]  # n * G x (|o|,)
     return [responses[i : i + group_size] for i in range(0, len(responses), group_size)]
@@ -492,10 +493,10 @@ def group_row(model, prompt, responses):
         a1         #  #  #  #  #  .        4
         b0         #  #  #  .  .  #        3
 
-    An image in the prompt has fewer positions than tokens, so that with one the responses start
-    below P. A first token is predicted by the prompt's last position: its left neighbour in the row
-    belongs to another response, or is the prompt's last position itself. Returns the model's inputs
-    and the index of the position that predicts each response token: (N,), here [2, 3, 2]."""
+    An image's tokens share positions (see rope_positions), so that with one the responses start
+    below P. A first token is predicted by the prompt's last position: from o_2 on its left
+    neighbour in the row is another response's end. Returns the model's inputs and the index of the
+    position that predicts each response token: (N,), here [2, 3, 2]."""
     device = model.device
     P, lengths = prompt["input_ids"].shape[1], [len(o) for o in responses]
     row = torch.cat([prompt["input_ids"][0], *responses])[None].to(device)  # (1, L)
@@ -503,7 +504,7 @@ def group_row(model, prompt, responses):
     # Who owns each token of the row: 0 the prompt, i response o_i.
     owner = torch.repeat_interleave(torch.tensor([P, *lengths])).to(device)  # (L,)
     visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own, or prompt
-    if prompt.get("blind"):  # a view without the image
+    if prompt.get("blind"):  # for objectives of your own: a view without the image
         visible &= row[0] != model.config.image_token_id  # (L, L)
     visible = visible.tril()[None, None]  # (1, 1, L, L) and nothing further right in the row
     place = torch.cat([torch.arange(n) for n in lengths]).to(device)  # (N,) in its response, from 0
@@ -532,7 +533,8 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False, w
     """log pi(o_t | q, I, o_<t) of every token of G responses to one prompt, in one forward pass.
 
     responses: G LongTensors (<= T,). Returns logps (G, T) fp32, 0 on padding; response_mask (G, T)
-    float; with_entropy the entropy (G, T), in nats; with_row the Row. Gradient flows if enabled.
+    float; with_entropy the entropy (G, T), in nats; with_row the Row. Gradient flows if enabled. Of
+    sampling's settings the temperature counts here, top_p does not, as in [2].
     ValueError for no or an empty response, a vision token in one, attention without masks."""
     if not len(responses) or any(len(o) == 0 for o in responses):
         raise ValueError("group_logps needs at least one response, each of at least one token")
@@ -551,10 +553,6 @@ def group_logps(model, prompt, responses, temperature=1.0, with_entropy=False, w
 
 
 # ---- 8. One step: rollouts, constants, update ----------------------------------------------------
-# A trainer's whole step:
-#     groups, redraws = roll_out(model, processor, config, rows, generator)
-#     score_constants(model, reference, config, groups)
-#     metrics = [papo_step(model, optimizer, config, part) for part in split_batch(config, groups)]
 
 
 @dataclass
@@ -580,7 +578,7 @@ class Group:
 
 def sample_and_grade(model, processor, config, rows, generator, reward=compute_reward):
     """Encode, sample, reward, standardise: a Group per row, not yet masked. generator: on the
-    model's device. A `prompt` that a row brings is taken out of it, so that its pixels can go."""
+    model's device. A `prompt` that a row brings is popped, so that its pixels are freed."""
     encode = lambda row: encode_prompt(processor, row["problem"], row["images"])
     encoded = [row.pop("prompt", None) or encode(row) for row in rows]
     prompts = [encode_image_if_frozen(model, prompt) for prompt in encoded]
@@ -605,7 +603,7 @@ def roll_out(model, processor, config, rows, generator, reward=compute_reward):
 
     With dynamic_sampling (DAPO) only mixed groups are kept and the missing ones redrawn, at most
     max_redraws times; then the batch stays short. Returns the groups and the number of redraws."""
-    # Two generators of their own, so that masking moves no sample.
+    # Two generators of their own, so that masking does not change what is sampled.
     seeds = torch.randint(2**62, (2,), generator=generator).tolist()
     sampling = torch.Generator(model.device).manual_seed(seeds[0])
     masking = torch.Generator().manual_seed(seeds[1])
@@ -622,7 +620,7 @@ def roll_out(model, processor, config, rows, generator, reward=compute_reward):
             break
     if config.gamma or config.eta2:
         mask = lambda image: mask_patches(image, config.mask_ratio, config.patch_size, masking)
-        for group in groups:  # one fresh mask per image and step, shared by the group
+        for group in groups:  # one fresh mask per image and rollout, shared by the group
             images = [fit_image(processor, image) for image in group.row["images"]]
             group.masked_images = [mask(image) for image in images]
             masked = mask_prompt(processor, group.prompt, group.masked_images)
@@ -631,7 +629,7 @@ def roll_out(model, processor, config, rows, generator, reward=compute_reward):
 
 
 def split_batch(config, groups) -> list[list[Group]]:
-    """A rollout batch as updates_per_batch updates of nearly equal size, or one for each group."""
+    """A rollout batch as updates_per_batch updates of nearly equal size, at most one per group."""
     n, count = len(groups), min(config.updates_per_batch, len(groups))
     return [groups[n * i // count : n * (i + 1) // count] for i in range(count)]
 
@@ -640,14 +638,14 @@ def split_group(config, prompt, responses, model) -> list[slice]:
     """Cut a group's responses into runs, each of which is one row with the prompt of at most
     tokens_per_forward. A response too long for that is a run of its own.
 
-    A row of L tokens costs a L + b L^2: products with the weights, and the mask's L^2 scores. Among
-    runs of m responses of n tokens that one is cheapest where m (m + 1) n^2 passes the scores that
-    one more row is worth: its prompt, image and launches; these as 500 tokens, measured on a CPU.
-    To a prompt of 13 tokens 3 of 16 responses of 160 tokens share a row, of 30 tokens all."""
+    A row of L tokens computes L^2 attention scores, though a response sees none of another's. A new
+    row begins where the scores it saves outweigh what it costs: the prompt, the image, and launches
+    as long as 500 tokens (measured on a CPU). After a prompt of 13 tokens 3 of 16 responses of 160
+    tokens share a row, of 30 tokens all."""
     P, layers = prompt["input_ids"].shape[1], model.model.language_model.layers
     weights = lambda part: sum(p.numel() for p in part.parameters())
     image = weights(model.model.visual) * len(prompt.get("pixel_values", ()))
-    score = 2 * len(layers) * layers[0].self_attn.o_proj.in_features  # b: q k, and weight v
+    score = 2 * len(layers) * layers[0].self_attn.o_proj.in_features  # products: q k, weight v
     one_more_row = P**2 + (weights(layers) * (P + 500) + image) / score
     starts, used = [0], 0
     for i, n in enumerate(map(len, responses)):
@@ -662,9 +660,10 @@ def split_group(config, prompt, responses, model) -> list[slice]:
 @torch.no_grad()
 def score_constants(model, reference, config, groups):
     """Store what the updates hold constant in the groups: log pi_ref if beta > 0, and log pi_old
-    for all but the first update's groups (there pi_old is pi_theta and the ratio exactly 1).
-    reference() gives a context manager around the reference model: nullcontext(frozen_copy), or one
-    that switches a LoRA adapter off."""
+    for all but the first update's groups (there pi_old is pi_theta and the ratio exactly 1). It is
+    scored anew, as in [2], for sampling computes in another order, and with top_p. reference()
+    gives a context manager around the reference model: nullcontext(frozen_copy), or one that
+    switches a LoRA adapter off."""
 
     def score(model, group):
         parts = split_group(config, group.prompt, group.responses, model)
@@ -685,20 +684,17 @@ def papo_step(model, optimizer, config, groups, objective=papo_loss):
     """One optimizer update on some groups. Returns papo_loss's metrics, grad_norm, skipped (0, 1).
 
     objective: called and returning as papo_loss does, all by keyword but the config, on the
-    responses of one pass (a group or a part of it); what was not scored is None. Your own may
-    change what papo_loss gets, for example pay right responses only:
-
-        lambda config, advantages, rewards, **rest: papo_loss(
-            config, advantages=advantages * (rewards > 0.5), **rest)
+    responses of one pass (a group or a part of it); what was not scored is None. For one of your
+    own see README, "Change it"; it returns a mean over responses or tokens, as papo_loss.
 
     Each group (or each part, see split_group) is one forward pass, one more with the masked image,
-    and one backward pass; gradients add up. A part's mean is weighted by its share of the batch's
-    average, so loss and gradient do not depend on the split: of 10 responses split as 5, 3 and 2,
+    and one backward pass; gradients add up. A part's mean is weighted by its share of the update's
+    responses, so loss and gradient do not depend on the split: of 10 responses split as 5, 3 and 2,
     the means count 5/10, 3/10 and 2/10 ("token": by their tokens). An update whose gradient is not
     finite is skipped: one bad batch must not destroy the weights."""
     if not groups:
         raise ValueError("papo_step needs at least one group")
-    model.train()
+    model.train()  # for gradient checkpointing; train_small.py switches dropout off
     optimizer.zero_grad(set_to_none=True)
     responses = [o for group in groups for o in group.responses]  # LongTensors (<= T,)
     total = len(responses) if config.aggregation == "sequence" else sum(map(len, responses))
@@ -846,18 +842,19 @@ class PAPOConfig:
         return cls(**{"top_p": 0.99, **presets[name], **changes})
 
 
-def check_shapes(**named):
-    """name=(tensor, "B T"): ValueError unless a letter means one size throughout."""
-    sizes = {}  # letter -> (size, name of the tensor it was first seen on)
-    for name, (tensor, letters) in named.items():
-        letters = letters.split()
+def check_shapes(**tensors):
+    """ValueError unless advantages are (B,), all others (B, T), like the first, or None."""
+    first, *_ = tensors
+    for name, tensor in tensors.items():
+        letters = "B" if name == "advantages" else "BT"
+        if tensor is None:
+            continue
         if tensor.dim() != len(letters):
             shape = ", ".join(letters)
             raise ValueError(f"{name} must have shape ({shape}), got {tuple(tensor.shape)}")
-        for d, size in zip(letters, tensor.shape):
-            first, owner = sizes.setdefault(d, (size, name))
-            if size != first:
-                raise ValueError(f"{name} has {d} = {size}, but {owner} has {d} = {first}")
+        for d, size, wanted in zip(letters, tensor.shape, tensors[first].shape):
+            if size != wanted:
+                raise ValueError(f"{name} has {d} = {size}, but {first} has {d} = {wanted}")
 
 
 # ---- Appendix B. Qwen-VL's prompt and positions: question + images -> tensors --------------------
@@ -876,13 +873,11 @@ def fit_image(processor, image):
     bounds = settings.size["shortest_edge"], settings.size["longest_edge"]
     # smart_resize, the processor's own rule, is applied until it changes nothing. Where no size
     # fits between the bounds, a too small and a too large one lead to one another: the smaller.
-    sizes = [(image.height, image.width)]
-    while True:
-        following = tuple(max(unit, side) for side in smart_resize(*sizes[-1], unit, *bounds))
-        if following in sizes:
-            break
-        sizes.append(following)
-    height, width = min(sizes[sizes.index(following) :])
+    size, sizes = (image.height, image.width), []
+    while size not in sizes:
+        sizes.append(size)
+        size = tuple(max(unit, side) for side in smart_resize(*size, unit, *bounds))
+    height, width = min(sizes[sizes.index(size) :])
     return image.resize((width, height))
 
 
