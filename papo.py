@@ -503,7 +503,7 @@ def group_row(model, prompt, responses):
     images = image_inputs([prompt], device)
     # Who owns each token of the row: 0 the prompt, i response o_i.
     owner = torch.repeat_interleave(torch.tensor([P, *lengths])).to(device)  # (L,)
-    visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own, or prompt
+    visible = (owner[:, None] == owner) | (owner == 0)  # (L, L) query x key: own key, or prompt
     if prompt.get("blind"):  # for objectives of your own: a view without the image
         visible &= row[0] != model.config.image_token_id  # (L, L)
     visible = visible.tril()[None, None]  # (1, 1, L, L) and nothing further right in the row
@@ -511,7 +511,7 @@ def group_row(model, prompt, responses):
     positions = rope_positions(model, row[:, :P], images)  # (3, 1, P)
     after = positions.max() + 1 + place  # (N,)
     positions = torch.cat([positions, after.expand(3, 1, -1)], dim=2)  # (3, 1, L) alike
-    left = torch.arange(P - 1, row.shape[1] - 1, device=device)  # (N,) left neighbours in the row
+    left = torch.arange(P - 1, row.shape[1] - 1, device=device)  # (N,) left neighbours, N = L - P
     predictor = left.where(place > 0, P - 1)  # (N,)
     bias = attention_bias(visible, model.dtype)  # (1, 1, L, L)
     inputs = dict(input_ids=row, attention_mask=bias, position_ids=positions, use_cache=False)
