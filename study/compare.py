@@ -30,14 +30,15 @@ FLAGS = {  # Name: flags of train_small.py, the objective of that name is in met
     "dapo-push": "--algorithm=dapo",
     "dapo-eta1": "--algorithm=papo-d --gamma=0 --eta1=0.05 --eta2=0",
 }
-LADDERS = {  # the authors' weight among five
-    "vppo": (0.1, 0.2, 0.4, 0.6, 0.8),
+LADDERS = {  # from the weakest to the strongest; of a share of tokens the smaller is the stronger
+    "vppo": (0.8, 0.6, 0.4, 0.2, 0.1),
     "pgpo": (0.2, 0.6, 2, 6, 20),
     "vgpo": (0.03, 0.1, 0.3, 1, 3),
     "dvrp": (0.01, 0.03, 0.1, 0.3, 1),
-    "vepo": (0.1, 0.2, 0.4, 0.6, 0.8),
+    "vepo": (0.8, 0.6, 0.4, 0.2, 0.1),
     "dapo-push": (1, 3, 10, 30, 100),
 }
+HARM = 5  # points below DAPO at the end, from which on a weight counts as harmful
 ARMS = {name: (8, "dapo dapo-push", flags) for name, flags in FLAGS.items()}
 ARMS |= {  # the second world
     f"largest-{name}": (8, "largest-dapo", f"--task=largest {flags}")
@@ -107,7 +108,8 @@ def holm(values, level=0.05):
 
 def table(runs):
     """Markdown: each method's paired differences from DAPO and from the push, in points with 95 %
-    intervals, * where Holm's correction of all of them leaves it; then means at the end, in %."""
+    intervals, * where Holm's correction of all of them leaves it; then means at the end, in %; and
+    below it the ladders."""
     costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
     columns = [("dapo", "run", "accuracy"), ("dapo-push", "run", "accuracy")]
     columns += [("dapo", "end", "accuracy"), ("dapo", "end", "accuracy_high")]
@@ -133,7 +135,37 @@ def table(runs):
         cost = f"{costs[arm]:.2f}" if arm in costs else ""
         rows.append([NAMES[arm], str(len(runs[arm])), *shown, cost])
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, "", f"{len(chances)} comparisons, {len(kept)} survive."])
+    lines += ["", f"{len(chances)} comparisons, {len(kept)} survive.", "", ladder_table(runs)]
+    return "\n".join(lines)
+
+
+def best_weight(runs, method):
+    """The best of a method's ladder over the run, and {weight: (over the run, at the end)}: points
+    minus DAPO on the validation digits, means over the seeds; None for a ladder not yet climbed."""
+    gains = {}
+    for weight in LADDERS[method]:
+        arms = [f"choose-{method}@{weight}", "choose-dapo"]
+        if not shared_seeds(runs, arms):
+            return None
+        both = [scores(runs, arms, when).values() for when in ("run", "end")]
+        gains[weight] = tuple(mean(own) - mean(base) for own, base in both)
+    return max(gains, key=gains.get), gains
+
+
+def ladder_table(runs):
+    """Markdown: each ladder, over the run, with the chosen weight in bold; and the margin."""
+    rows = ["| arm | weight: over the run, minus DAPO | margin |", "| --- | --- | --- |"]
+    for method, weights in LADDERS.items():
+        if found := best_weight(runs, method):
+            best, gains = found
+            cells = [f"{w:g}: {gains[w][0]:+.1f}" for w in weights]
+            cells[weights.index(best)] = f"**{cells[weights.index(best)]}**"
+            stronger = weights[weights.index(best) :]
+            harmful = [w for w in stronger if gains[w][1] < -HARM]
+            last = (harmful or stronger)[0 if harmful else -1]
+            margin = "more than " * (not harmful) + f"{max(last / best, best / last):.2g}"
+            rows.append(f"| {NAMES[method]} | {', '.join(cells)} | {margin} |")
+    return "\n".join(rows)
 
 
 def step_costs(rounds=5):
