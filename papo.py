@@ -97,8 +97,8 @@ def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
     Of the ratios [1] finds 0.6 to 0.8 best; wholly black images make training collapse sooner. A
     group's responses share one mask, drawn afresh in each roll_out.
 
-    image: PIL, not changed; resized before (fit_image), so that cells are the vision tower's
-    patches; one cut by the right or lower edge is a cell. Returns a new RGB image of the same size.
+    image: PIL, not changed; after fit_image its cells are the vision tower's patches, of another
+    size those at the right and lower edge are cut. Returns a new RGB image of the same size.
     Raises ValueError for a ratio outside [0, 1] or a patch smaller than a pixel."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"mask ratio must lie in [0, 1], got {ratio}")
@@ -136,7 +136,7 @@ def group_advantages(rewards, eps=1e-6):
     return advantages.masked_fill(equal, 0.0)  # (..., G)
 
 
-# ---- 3. The terms of the loss, each (B, T) -> (B, T) ---------------------------------------------
+# ---- 3. The terms of the loss, each (B, T) -> (B, T), and their average --------------------------
 def policy_ratio(logps, old_logps):
     """r = pi_theta / pi_old of each token, (B, T), (B, T) -> (B, T). The log-ratio is clamped to
     +-20, as in [2]."""
@@ -171,7 +171,7 @@ def kl_k3(logps, other_logps):
     estimate of KL[pi || pi_other] from tokens of pi.   ([2], after [5]; [1] inverts x: biased)
 
     (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x; 0 where the cap of 10 acts, at
-    x > 13.6 or x < e^-11. Over tokens of pi grad log pi is 0 in the mean, so that k3's gradient is
+    x > 13.6 or x < e^-11. With tokens of pi E[grad log pi] = 0, so that k3's expected gradient is
     -E[x grad log pi], which is that of KL[pi_other || pi], the other direction: maximising k3, as
     papo_loss does for the perception KL, moves pi away from where the other policy has mass. A
     token that the other policy likes half as much, and one it likes as much:
@@ -317,7 +317,7 @@ def compute_reward(response: str, answer: str, format_weight: float = 0.1) -> di
 
 # ---- 6. Sampling: o_1 .. o_G ~ pi_old(. | q, I) --------------------------------------------------
 
-LOOK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between looks at what has ended: a GPU waits for one
+LOOK_EVERY = {"cpu": 1, "cuda": 16}  # tokens between checks for ended responses: each stalls a GPU
 
 
 def sample_token(logits, temperature=1.0, top_p=1.0, generator=None):
@@ -388,7 +388,7 @@ def prefill(model, prompts):
     input_ids = pad_sequence(ids, **pad).to(model.device)  # (n, P) no one sees the padding
     images = image_inputs(prompts, model.device)
     positions = rope_positions(model, input_ids, images, seen)  # (3, n, P)
-    # The cache is positional: its keyword is past_key_values, from transformers 5.24 on cache.
+    # Passed by position: transformers 5.24 renamed the cache's keyword, past_key_values, to cache.
     inputs = input_ids, seen, positions, (cache := DynamicCache(config=model.config))
     logits = model(*inputs, use_cache=True, logits_to_keep=1, **images).logits[:, -1]  # (n, V)
     return cache, logits, positions, seen
@@ -493,7 +493,7 @@ def group_row(model, prompt, responses):
         a1         #  #  #  #  #  .        4
         b0         #  #  #  .  .  #        3
 
-    An image's tokens share positions (see rope_positions), so that with one the responses start
+    An image's tokens share positions (see rope_positions), so that after one the responses start
     below P. A first token is predicted by the prompt's last position: from o_2 on its left
     neighbour in the row is another response's end. Returns the model's inputs and the index of the
     position that predicts each response token: (N,), here [2, 3, 2]."""
@@ -578,7 +578,7 @@ class Group:
 
 def sample_and_grade(model, processor, config, rows, generator, reward=compute_reward):
     """Encode, sample, reward, standardise: a Group per row, not yet masked. generator: on the
-    model's device. A `prompt` that a row brings is popped, so that its pixels are freed."""
+    model's device. A row's own `prompt`, encoded when it was checked, is used up."""
     encode = lambda row: encode_prompt(processor, row["problem"], row["images"])
     encoded = [row.pop("prompt", None) or encode(row) for row in rows]
     prompts = [encode_image_if_frozen(model, prompt) for prompt in encoded]
@@ -629,19 +629,19 @@ def roll_out(model, processor, config, rows, generator, reward=compute_reward):
 
 
 def split_batch(config, groups) -> list[list[Group]]:
-    """A rollout batch as updates_per_batch updates of nearly equal size, at most one per group."""
+    """A rollout batch as updates_per_batch updates of nearly equal size, no more than groups."""
     n, count = len(groups), min(config.updates_per_batch, len(groups))
     return [groups[n * i // count : n * (i + 1) // count] for i in range(count)]
 
 
 def split_group(config, prompt, responses, model) -> list[slice]:
-    """Cut a group's responses into runs, each of which is one row with the prompt of at most
-    tokens_per_forward. A response too long for that is a run of its own.
+    """Cut a group's responses into runs; each becomes a row with the prompt, of tokens_per_forward
+    at most. A response too long for that is a run of its own.
 
-    A row of L tokens computes L^2 attention scores, though a response sees none of another's. A new
-    row begins where the scores it saves outweigh what it costs: the prompt, the image, and launches
-    as long as 500 tokens (measured on a CPU). After a prompt of 13 tokens 3 of 16 responses of 160
-    tokens share a row, of 30 tokens all."""
+    A row costs its L^2 attention scores, most of them between responses that do not see each other,
+    and once the prompt, the image and an overhead worth 500 tokens (measured on a CPU). It is
+    closed where one more response would raise its cost per response. In the embedded world, with
+    prompts of 13 tokens, 3 responses of 160 tokens share a row, or 16 of 30."""
     P, layers = prompt["input_ids"].shape[1], model.model.language_model.layers
     weights = lambda part: sum(p.numel() for p in part.parameters())
     image = weights(model.model.visual) * len(prompt.get("pixel_values", ()))
@@ -660,10 +660,10 @@ def split_group(config, prompt, responses, model) -> list[slice]:
 @torch.no_grad()
 def score_constants(model, reference, config, groups):
     """Store what the updates hold constant in the groups: log pi_ref if beta > 0, and log pi_old
-    for all but the first update's groups (there pi_old is pi_theta and the ratio exactly 1). It is
-    scored anew, as in [2], for sampling computes in another order, and with top_p. reference()
-    gives a context manager around the reference model: nullcontext(frozen_copy), or one that
-    switches a LoRA adapter off."""
+    for all but the first update's groups (there pi_old is pi_theta and the ratio exactly 1). As
+    in [2] sampling's own numbers are not used: they round differently and include top_p.
+    reference() gives a context manager around the reference model: nullcontext(frozen_copy), or one
+    that switches a LoRA adapter off."""
 
     def score(model, group):
         parts = split_group(config, group.prompt, group.responses, model)
@@ -769,7 +769,7 @@ class PAPOConfig:
     gated: bool = option(
         False,
         "ours: pay the perception KL only in responses of positive advantage, for tokens that the "
-        "image makes likelier; typical gamma with it 1 to 10",
+        "image makes likelier; stands about ten times the gamma",
     )
     masked_grad: Literal["detached", "entropy", "full"] = option(
         None,
@@ -786,7 +786,7 @@ class PAPOConfig:
     top_p: float = option(1.0, "nucleus sampling: the likeliest tokens up to this mass")
     format_weight: float = option(0.1, "share of the reward that is for format, not for accuracy")
     dynamic_sampling: bool = option(False, "redraw groups all right or all wrong (DAPO, PAPO-D)")
-    max_redraws: int = option(20, "with dynamic sampling, rounds before training on what there is")
+    max_redraws: int = option(20, "with dynamic sampling, redraws before training on what there is")
     max_new_tokens: int = option(2048, "longest response, in tokens")
     prompts_per_batch: int = option(384, "questions per rollout batch")
     prompts_per_sample: int = option(16, "questions sampled at a time; lower saves memory")
@@ -872,7 +872,7 @@ def fit_image(processor, image):
     unit = settings.patch_size * settings.merge_size
     bounds = settings.size["shortest_edge"], settings.size["longest_edge"]
     # smart_resize, the processor's own rule, is applied until it changes nothing. Where no size
-    # fits between the bounds, a too small and a too large one lead to one another: the smaller.
+    # fits the bounds it alternates between one too small and one too large: the smaller is taken.
     size, sizes = (image.height, image.width), []
     while size not in sizes:
         sizes.append(size)
