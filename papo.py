@@ -97,8 +97,8 @@ def mask_patches(image, ratio=0.6, patch_size=14, generator=None):
     Of the ratios [1] finds 0.6 to 0.8 best; wholly black images make training collapse sooner. A
     group's responses share one mask, drawn afresh in each roll_out.
 
-    image: PIL, not changed; after fit_image its cells are the vision tower's patches, of another
-    size those at the right and lower edge are cut. Returns a new RGB image of the same size.
+    image: PIL, not changed; after fit_image its cells are the vision tower's patches; in other
+    sizes cells at the right and lower edge are cut. Returns a new RGB image of the same size.
     Raises ValueError for a ratio outside [0, 1] or a patch smaller than a pixel."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"mask ratio must lie in [0, 1], got {ratio}")
@@ -119,7 +119,7 @@ def group_advantages(rewards, eps=1e-6):
     """A_i = (R_i - mean(R)) / (std(R) + eps) over the group, the last dimension.
 
     rewards (..., G) -> (..., G), mean 0. The standard deviation is the unbiased one (G - 1), as in
-    [2]. Equal rewards are set to exactly 0, since rounding over a tiny deviation gives noise (seven
+    [2]. Equal rewards get exactly 0, since rounding over a tiny deviation gives noise (seven
     rewards of 0.3 would get 0.03 each): such a group teaches the policy term nothing, and a gated
     KL neither; the other terms go on. ValueError for a group of fewer than 2. One right answer
     among eight, in the right format (0.1) all:
@@ -346,9 +346,9 @@ def attention_bias(visible, dtype):
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer of a KV cache that writes a new token in place; transformers' own copies all that
-    is there. filled: the layer after the prefill of n prompts. A prompt's keys and values, computed
-    once, are copied for each of its G responses: rows 0 to G - 1 continue the first prompt."""
+    """One layer of a KV cache that writes a new token in place; transformers' layer copies all
+    that is there. filled: the layer after the prefill of n prompts. A prompt's keys and values are
+    copied for each of its G responses: rows 0 to G - 1 continue the first prompt."""
 
     def __init__(self, filled, group_size):
         super().__init__()
@@ -494,7 +494,7 @@ def group_row(model, prompt, responses):
         b0         #  #  #  .  .  #        3
 
     An image's tokens share positions (see rope_positions), so that after one the responses start
-    below P. A first token is predicted by the prompt's last position: from o_2 on its left
+    below P. A first token is predicted by the prompt's last position: after o_1 its left
     neighbour in the row is another response's end. Returns the model's inputs and the index of the
     position that predicts each response token: (N,), here [2, 3, 2]."""
     device = model.device
@@ -578,7 +578,7 @@ class Group:
 
 def sample_and_grade(model, processor, config, rows, generator, reward=compute_reward):
     """Encode, sample, reward, standardise: a Group per row, not yet masked. generator: on the
-    model's device. A row's own `prompt`, encoded when it was checked, is used up."""
+    model's device. A row's `prompt`, where it is already encoded, is taken out of it."""
     encode = lambda row: encode_prompt(processor, row["problem"], row["images"])
     encoded = [row.pop("prompt", None) or encode(row) for row in rows]
     prompts = [encode_image_if_frozen(model, prompt) for prompt in encoded]
@@ -638,14 +638,14 @@ def split_group(config, prompt, responses, model) -> list[slice]:
     """Cut a group's responses into runs; each becomes a row with the prompt, of tokens_per_forward
     at most. A response too long for that is a run of its own.
 
-    A row costs its L^2 attention scores, most of them between responses that do not see each other,
-    and once the prompt, the image and an overhead worth 500 tokens (measured on a CPU). It is
-    closed where one more response would raise its cost per response. In the embedded world, with
-    prompts of 13 tokens, 3 responses of 160 tokens share a row, or 16 of 30."""
+    A row costs L^2 attention scores, mostly between responses that do not see each other; and its
+    prompt, its image and an overhead worth 500 tokens (measured on a CPU), once. It is closed where
+    one more response would raise its cost per response: in the embedded world, with prompts of 13
+    tokens, after 3 responses of 160 tokens, or after 18 responses of 30."""
     P, layers = prompt["input_ids"].shape[1], model.model.language_model.layers
     weights = lambda part: sum(p.numel() for p in part.parameters())
     image = weights(model.model.visual) * len(prompt.get("pixel_values", ()))
-    score = 2 * len(layers) * layers[0].self_attn.o_proj.in_features  # products: q k, weight v
+    score = 2 * len(layers) * layers[0].self_attn.o_proj.in_features  # q times k, score times v
     one_more_row = P**2 + (weights(layers) * (P + 500) + image) / score
     starts, used = [0], 0
     for i, n in enumerate(map(len, responses)):
@@ -769,7 +769,7 @@ class PAPOConfig:
     gated: bool = option(
         False,
         "ours: pay the perception KL only in responses of positive advantage, for tokens that the "
-        "image makes likelier; stands about ten times the gamma",
+        "image makes likelier; bears about ten times the ungated gamma",
     )
     masked_grad: Literal["detached", "entropy", "full"] = option(
         None,
@@ -866,7 +866,7 @@ Prompt = dict  # a processor's tensors for one question: input_ids (1, P), pixel
 def fit_image(processor, image):
     """Resize an image to what the vision tower will see: nearly its shape, both sides multiples of
     patch x merge, an area within the processor's bounds. A second call changes nothing. image: PIL,
-    path, URL or data URL. Returns a new RGB image. ValueError if its sides differ 200 times."""
+    path, URL or data URL. Returns a new RGB image. ValueError for an aspect ratio above 200."""
     image = to_rgb(load_image(image) if isinstance(image, str) else image)
     settings = processor.image_processor
     unit = settings.patch_size * settings.merge_size

@@ -37,7 +37,7 @@ def activation_bytes(model, config, run, L, patches, head, width):
         kept = L * text.hidden_size * layers * width
         kept += (not frozen) * patches * size * vision.depth * width
         inside = max(one, seen)
-    graphs = 1 + (config.gamma > 0 and config.mask_gradient != "detached")
+    graphs = 1 + (config.gamma + config.eta2 > 0 and config.mask_gradient != "detached")
     return graphs * (kept + 2 * L * L * width) + inside
 
 

@@ -1,6 +1,6 @@
-"""Ratios of time and memory, side by side in one run: `python -m study.bench` prints what the
-README quotes, in minutes on 2 CPU cores; with --trl one table more. `--gpu` measures one batch of a
-3B model on a GPU instead: seconds, MFU and memory (section 6).
+"""Ratios of time and memory, side by side in one run: `python -m study.bench` prints what
+docs/reliability.md quotes, in minutes on 2 CPU cores; with --trl one table more. `--gpu` measures
+one batch of a 3B model on a GPU instead: seconds, MFU and memory (section 6).
 
 How to read them. Every number is a ratio of two ways to do the same work in this process: one call
 of each in turn, and the median of the pairs' ratios, with the smallest and the largest in brackets.
@@ -243,7 +243,7 @@ def training_steps(works, questions=(16, 4, 2), tokens=40):
 
 def gated_steps(model, processor, *sizes):
     """The first steps of train_small.py on the digits: in a gated run the rewards decide what is
-    scored with the masked image, so they have to be real ones."""
+    paid, so they have to be real ones."""
     rows = toy.toy_dataset("train", 256)
     flags = ["--gamma=0.3"], ["--gamma=10", "--gated=True"], ["--gamma=0"]
     configs = [parse_args([*given, *sizes])[0] for given in flags]

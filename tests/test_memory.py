@@ -148,3 +148,10 @@ def test_activations_are_about_what_autograd_saves(checkpointing):
     inside = [layer_bytes(P + 300, 128, 128, 512, 4), layer_bytes(80, 32, 32, 64, 4)]
     expected -= max(inside) if checkpointing else 0
     assert hidden.requires_grad and 0.85 < sum(kept) / expected < 1.0
+
+
+def test_a_masked_pass_that_trains_keeps_a_second_graph():
+    size = lambda flags: estimate("3b", f"--gpu-memory 48 {flags}")["activations"]
+    one, two = size("--gamma 0.1"), size("--gamma 0.1 --masked-grad full")
+    assert two > 1.1 * one and size("--gamma 0 --masked-grad full") == one
+    assert size("--gamma 0 --eta2 0.01") == two  # papo_loss needs it for H[pi_mask] alone
