@@ -171,9 +171,9 @@ def kl_k3(logps, other_logps):
     estimate of KL[pi || pi_other] from tokens of pi.   ([2], after [5]; [1] inverts x: biased)
 
     (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x; 0 where the cap of 10 acts, at
-    x > 13.6 or x < e^-11. With tokens of pi E[grad log pi] = 0, so that k3's expected gradient is
-    -E[x grad log pi], which is that of KL[pi_other || pi], the other direction: maximising k3, as
-    papo_loss does for the perception KL, moves pi away from where the other policy has mass. A
+    x > 13.6 or x < e^-11. At fixed tokens of pi, where E[grad log pi] = 0, k3's expected gradient
+    is -E[x grad log pi], which is that of KL[pi_other || pi], the other direction: maximising k3,
+    as papo_loss does for the perception KL, moves pi away from where the other policy has mass. A
     token that the other policy likes half as much, and one it likes as much:
 
     >>> kl_k3(torch.zeros(1, 2), torch.tensor([[0.5, 1.0]]).log())
@@ -493,10 +493,10 @@ def group_row(model, prompt, responses):
         a1         #  #  #  #  #  .        4
         b0         #  #  #  .  .  #        3
 
-    An image's tokens share positions (see rope_positions), so that after one the responses start
-    below P. A first token is predicted by the prompt's last position: after o_1 its left
-    neighbour in the row is another response's end. Returns the model's inputs and the index of the
-    position that predicts each response token: (N,), here [2, 3, 2]."""
+    An image's tokens share positions (see rope_positions), so that behind an image responses start
+    below P. The prompt's last position predicts every first token: from o_2 on the left neighbour
+    is another response's end. Returns the model's inputs and the index of the position that
+    predicts each response token: (N,), here [2, 3, 2]."""
     device = model.device
     P, lengths = prompt["input_ids"].shape[1], [len(o) for o in responses]
     row = torch.cat([prompt["input_ids"][0], *responses])[None].to(device)  # (1, L)
@@ -640,8 +640,8 @@ def split_group(config, prompt, responses, model) -> list[slice]:
 
     A row costs L^2 attention scores, mostly between responses that do not see each other; and its
     prompt, its image and an overhead worth 500 tokens (measured on a CPU), once. It is closed where
-    one more response would raise its cost per response: in the embedded world, with prompts of 13
-    tokens, after 3 responses of 160 tokens, or after 18 responses of 30."""
+    one more response would raise its cost per response: behind the shortest prompt of the embedded
+    world, of 13 tokens, after 3 responses of 160 tokens, or after 18 responses of 30."""
     P, layers = prompt["input_ids"].shape[1], model.model.language_model.layers
     weights = lambda part: sum(p.numel() for p in part.parameters())
     image = weights(model.model.visual) * len(prompt.get("pixel_values", ()))
@@ -865,8 +865,8 @@ Prompt = dict  # a processor's tensors for one question: input_ids (1, P), pixel
 
 def fit_image(processor, image):
     """Resize an image to what the vision tower will see: nearly its shape, both sides multiples of
-    patch x merge, an area within the processor's bounds. A second call changes nothing. image: PIL,
-    path, URL or data URL. Returns a new RGB image. ValueError for an aspect ratio above 200."""
+    patch x merge, an area within the processor's bounds if one fits. A second call changes nothing.
+    image: PIL, path or (data) URL. Returns a new RGB image. ValueError for an aspect above 200."""
     image = to_rgb(load_image(image) if isinstance(image, str) else image)
     settings = processor.image_processor
     unit = settings.patch_size * settings.merge_size

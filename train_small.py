@@ -139,7 +139,7 @@ def parse_args(argv=None) -> tuple[PAPOConfig, RunConfig]:
 
 
 def load(run):
-    """Model, in host memory, processor, rows to train on, held-out rows."""
+    """Model (in host memory), processor, rows to train on, held-out rows."""
     if run.model:
         model, processor = load_model(run)
     else:
@@ -163,8 +163,9 @@ best_device = lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu
 
 
 def evaluate(model, processor, config, rows, seed=0, masked=False, reward=compute_reward):
-    """Answer every question SAMPLES times at temperature 1, masked: with fresh random masks on the
-    images. Returns the Groups, in the order of rows, without images and prompts."""
+    """Answer every question SAMPLES times at temperature 1, masked: with random masks on the
+    images, the same in every call. Returns the Groups, in the order of rows, without images and
+    prompts."""
     config = replace(config, group_size=SAMPLES, temperature=1.0, top_p=1.0)
     sampling = torch.Generator(model.device).manual_seed(seed)
     masking = torch.Generator().manual_seed(seed)
@@ -201,8 +202,8 @@ def summarise(groups):
 
 
 def grounding(seen, masked):
-    """Share of the right answers that the picture decides: right with it and wrong without it,
-    over all right ones, a question's answers with and without it being drawn independently."""
+    """Share of the right answers that the picture decides: right with it, wrong with it masked,
+    over all right ones, a question's answers with and without mask being drawn independently."""
     right = lambda groups: [mean(score["accuracy"] for score in g.scores) for g in groups]
     pairs = list(zip(right(seen), right(masked)))
     return sum(p * (1 - q) for p, q in pairs) / max(sum(p for p, _ in pairs), 1e-9)
@@ -235,8 +236,8 @@ class Trainer:
             with torch.random.fork_rng():
                 torch.manual_seed(run.seed)
                 self.adapter = peft.get_peft_model(model, peft.LoraConfig(**kind))
-        alone = run.lora or not config.beta
-        frozen = None if alone else copy.deepcopy(model).requires_grad_(False)
+        copied = config.beta and not run.lora
+        frozen = copy.deepcopy(model).requires_grad_(False) if copied else None
         self.reference = self.without_adapter if run.lora else lambda: nullcontext(frozen)
         if run.gradient_checkpointing:
             old = model.gradient_checkpointing_enable  # its name before transformers 5.24
@@ -306,7 +307,7 @@ class Trainer:
         adapter = peft.get_peft_model_state_dict(self.adapter) if self.adapter else None
         model, run = self.adapter or self.model, self.run
         if run.merge:  # in fp32: what is added to a bf16 weight is mostly rounded away
-            weights = {  # the copy's, made in host memory: the GPU has no room for a second model
+            weights = {  # deepcopy's memo: in host memory, as a GPU may have no room for two models
                 id(p): torch.nn.Parameter(p.detach().to("cpu", torch.float32, copy=True))
                 for p in self.adapter.parameters()
             }

@@ -1,4 +1,4 @@
-"""What train_small.py stands on; this much its rooms share."""
+"""What train_small.py stands on; in this file, what its modules share."""
 
 from pathlib import Path
 

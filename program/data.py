@@ -124,7 +124,7 @@ def open_image(image, folder):
         image = base64.b64decode("".join(image.split()), validate=True)
     if not isinstance(image, Image.Image):
         image = Image.open(io.BytesIO(bytes(image)))
-    image.load()  # which turns a TIFF; the others are turned by as_seen
+    image.load()  # which rotates a TIFF; the others are rotated by as_seen
     return image
 
 

@@ -23,8 +23,8 @@ def layer_bytes(tokens, hidden, attention, mlp, width):
 
 
 def activation_bytes(model, config, run, L, patches, head, width):
-    """Kept for backward of L tokens: all layers, or under gradient checkpointing inputs and one
-    layer; twice where the masked pass trains, too; and each pass's attention mask."""
+    """Kept for backward of L tokens: all layers, or under gradient checkpointing their inputs, and
+    once one layer's inside; the attention mask and its copy; twice where the masked pass trains."""
     text, vision = model.config.get_text_config(), model.config.vision_config
     frozen, layers = run.freeze_vision or run.lora, text.num_hidden_layers
     attention = text.num_attention_heads * head

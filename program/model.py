@@ -50,8 +50,8 @@ def switch_dropout_off(config):
 
 
 def load_processor(name, edges=None):
-    """The processor of a model, with bounds of an image's area where they are given. Raises
-    UserError if it cannot put a question about an image."""
+    """The processor of a model, with bounds of an image's area where they are given, and with its
+    tags as text. Raises UserError if it cannot put a question about an image."""
     processor, form = AutoProcessor.from_pretrained(name), dict(add_generation_prompt=True)
     try:
         chat = processor.apply_chat_template(chat_messages("?"), tokenize=False, **form)
@@ -72,7 +72,7 @@ def load_processor(name, edges=None):
 
 def write_tags_as_text(tokenizer):
     """Where <think> is one token but the chat template does not open it, as in Qwen3-VL Instruct,
-    it is untrained: the tokenizer is to write the tags in pieces. It still reads that token."""
+    it is untrained: the tags are to be encoded in pieces. That token still decodes."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     tags = {t["content"]: t["id"] for t in state["added_tokens"] if t["content"] in TAGS}
     if tags:
@@ -90,7 +90,7 @@ def weights_id(model):
 
 
 def load_adapter(run, model, settings):
-    """The model with a LoRA adapter, beside its base to be evaluated as it was trained, or merged.
+    """The model with a LoRA adapter: for evaluation beside its base, as trained; else merged.
     Raises UserError if not all of it fits."""
     known = Path(run.model) / "base.json"
     if known.exists() and json.loads(known.read_text())["weights"] != weights_id(model):

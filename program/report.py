@@ -1,6 +1,6 @@
 """What a run leaves behind: tables, the model card (card.md), curves, samples (samples.html).
 
-It knows nothing of training: it is handed dicts and groups and makes them readable.
+It trains nothing: it is handed dicts, groups, and for samples.html the model.
 """
 
 import base64
@@ -104,8 +104,6 @@ def model_card(config, run, history):
     evaluations = [evaluation_in(line) for line in history if "eval_accuracy" in line]
     steps, before, after = history[-1]["step"], evaluations[0], evaluations[-1]
     method = (run.preset or run.algorithm)[:6].upper()  # PAPO-G, PAPO-D, GRPO or DAPO
-    is_h = method == "PAPO-G" and config.gamma == 0.02 and not (config.eta1 or config.eta2)
-    is_h = is_h and not config.gated
     on_hub = lambda name: name if name and not Path(name).exists() else None
     named = lambda name: name and (on_hub(name) or Path(name).name)
     metadata = {
@@ -134,7 +132,6 @@ def model_card(config, run, history):
         metadata="\n".join(f"{name}: {json.dumps(value)}" for name, value in known.items()),
         base=named(run.model) or "the embedded world's warm start",
         data=f"`{named(run.dataset)}`, split `{run.split}`" if run.dataset else toy_data,
-        version=" Its authors call this recipe PAPO-H." * is_h,
         results="\n".join(results),
         settings="\n".join(settings),
         versions=", ".join(f"{name} {value}" for name, value in versions().items()),
@@ -291,7 +288,7 @@ def write_samples(path, plan, before, after):
 
 
 def leave_behind(out, plan, history, before, after, seconds, memory):
-    """The pictures and tables of a finished run. seconds, memory: of its phases, in GiB."""
+    """The pictures and tables of a finished run. seconds and memory (GiB): by phase."""
     write_samples(out / "samples.html", plan, before, after)
     seed = plan["steps"].split("; ")[-1]
     plot_curves(out / "curves.png", history, f"{plan['algorithm'].split(';')[0]}, {seed}")

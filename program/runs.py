@@ -19,7 +19,7 @@ from program import UserError
 
 # What another run must not write over. The first is made at once, which only one process can.
 RUN_FILES = ("config.json", "metrics.jsonl", "checkpoint", "checkpoint.new", "checkpoint.old")
-# Settings that a resumed run may change: its length, how often it looks and saves, its tracker.
+# What a resumed run may change: length, intervals, tracker. (patch_size is the model's.)
 FREE = ("steps", "eval_every", "save_every", "resume", "out", "patch_size", "report_to")
 
 
@@ -32,7 +32,7 @@ def settings_of(config, run):
 @contextmanager
 def claimed_folder(out, holds=RUN_FILES):
     """Take a folder that has none of the files `holds`, by creating the first of them. If what runs
-    inside fails, all that was made is removed."""
+    inside fails, that one goes again, and the folders made here that nothing else is in."""
     out = Path(out)
     try:
         made = [folder for folder in (out, *out.parents) if not folder.exists()]
@@ -46,7 +46,7 @@ def claimed_folder(out, holds=RUN_FILES):
         yield out
     except BaseException:
         (out / holds[0]).unlink(missing_ok=True)
-        with suppress(OSError):  # somebody else's file is in it
+        with suppress(OSError):  # a file is in it, a tracker's or somebody else's
             for folder in made:
                 folder.rmdir()
         raise
@@ -60,7 +60,7 @@ def write_whole(path, text):
 
 
 def as_lines(history):
-    """metrics.jsonl: one line of strict JSON for each step."""
+    """Lines of strict JSON, as in metrics.jsonl and eval.jsonl."""
     return "".join(json.dumps(line, allow_nan=False) + "\n" for line in history)
 
 
@@ -122,7 +122,8 @@ def read_record(out):
 
 
 def find_run(out, settings):
-    """The history of the run in `out`, which may go on only as what it was, but for FREE."""
+    """The history of the run in `out`, which may go on only as what it was, but for FREE. A whole
+    checkpoint that a kill left under another name gets its own back."""
     record = read_record(out)
     was = {**settings, **record["settings"]}  # what was no setting yet may be anything
     differs = [name for name in settings if name not in FREE and was[name] != settings[name]]

@@ -1,16 +1,18 @@
 """The study's objectives that are not PAPO's: what its successors do with a second view, a control.
 
 Each takes what `papo_loss` takes and returns what it returns: `trainer.objective = pgpo_loss` is
-all that a run needs. Above each stand its equations and constants, and where ours departs from its
-authors'. `weight` is the one constant that the study varies, by default its authors'. In all but
-VGPO the authors' second view is scored by the policy before a batch's updates, ours by the policy
-that is trained, as PAPO's. All views are constants: no gradient flows through them. What a method
-takes within a group or update batch, ours takes within a pass, here a group.
+all that PGPO needs. The others want flags (FLAGS in compare.py), so that there is a masked pass,
+and DVRP how far the run is. In each docstring stand its equations and constants, and where ours
+departs from its authors'. `weight` is the one constant that the study varies, by default theirs.
+In all but VGPO the authors' second view is scored by the policy before a batch's updates, ours by
+the policy that is trained, as PAPO's. All views are constants: no gradient flows through them.
+Means and minmax over a group or an update's batch are over a pass here, which is a group.
+"Second-hand": from descriptions, not from paper or code; "read": in the authors' code.
 
     d_t     k3 of pi and the view at token t, in [0, 10]        |o|  a response's tokens
     minmax  scaled to [0, 1], per response where nothing else is said; 0 where all are equal
-    L_t     the clipped policy loss of token t. A token's weight that is not negative multiplies it
-            as it would the advantage.
+    L_t     the clipped policy loss of token t. A weight that is not negative may multiply L_t or
+            the advantage: the same.      mean  as the base has it, DAPO's over all tokens
 
 Shapes: B responses of one group, T response length, N all their tokens, H hidden width, L row.
 """
@@ -80,9 +82,10 @@ def pgpo_loss(
         w_t  = I_t / tau where I_t < tau, else 1 + weight (I_t - tau) / (1 - tau)
         loss = mean(w_t L_t),   w scaled to sum to |o| (all 1 where it is 0)
 
-    dev: as development code has it, tau = the response's I in ascending order at floor(0.4 |o|),
-    w at least 0.1, not scaled. masked_logps, where given, stands in for the view without image.
-    Departures: no token sees the image's, but the positions after it stay as they are; G = 8."""
+    dev: as its development code is described, tau = the response's I in ascending order at
+    floor(0.4 |o|), w at least 0.1, not scaled. masked_logps, where given, stands in for the view
+    without image. Departures: no token sees the image's, but the positions after it stay; G = 8,
+    theirs 5."""
     if masked_logps is None:
         with torch.no_grad():
             blind = row.model, {**row.prompt, "blind": True}, row.responses
@@ -111,8 +114,9 @@ def vgpo_loss(config, logps, old_logps, advantages, response_mask, row, weight=0
         a_i   = clamp(1 + p_i - mean(p), 0.9, 2),    p = minmax over the group (sum_t v_t)
         loss  = mean(a_i psi_t L_t),   reward = accuracy alone
 
-    Departures: minmax(c) and the group are its code's runs of 4 and of 8 responses in a micro-batch
-    with their padding, ours the question's group, as in its paper, which takes (c + 1) / 2."""
+    Departures: its code takes minmax(c) over 4 responses of a micro-batch and p over 8, padding
+    included; ours both over the question's group, as its paper, which has (c + 1) / 2 for
+    minmax(c)."""
     P, lengths = row.prompt["input_ids"].shape[1], response_mask.sum(1, keepdim=True)  # (B, 1)
     image = row.prompt["input_ids"][0] == row.model.config.image_token_id  # (P,)
     hidden = row.hidden.detach().float()  # (L, H)
@@ -135,7 +139,8 @@ def vgpo_loss(config, logps, old_logps, advantages, response_mask, row, weight=0
 
 
 def diffused(prompt, t):
-    """The prompt with t of 1000 steps of diffusion noise e on its images, the same on both times:
+    """The prompt with t of 1000 steps of diffusion noise e on its images, the same on both
+    of a patch's frames:
 
     b_i = sigmoid(linspace(-6, 6))_i (5e-3 - 1e-5) + 1e-5,   a = prod_{i <= t} (1 - b_i),
     x   = clip(sqrt(a) x + sqrt(1 - a) e, 0, 1)"""
@@ -206,7 +211,8 @@ def vepo_loss(
     """VEPO, arXiv 2606.03937, code Leonnnnnn929/VEPO (read). The view: normal noise of deviation 2
     on the normalised pixels. j, h, e = minmax of JSD(pi, pi_noise), H[pi], |H[pi_noise] - H[pi]|.
 
-        loss = mean of L_t over the top share by (1 - (1 - j)^0.7 (1 - e)^0.3) h - 0.001 mean(H[pi])
+        s_t  = (1 - (1 - j)^0.7 (1 - e)^0.3) h
+        loss = mean of L_t over the top share by s_t  -  0.001 mean(H[pi])
 
     weight: the share. Both clips 0.2, no dual clip. Departures: with DAPO's redrawing, where theirs
     has none; G = 8, theirs 12; the mean over chosen tokens is the group's, theirs the
@@ -221,7 +227,7 @@ def vepo_loss(
 
 def push_loss(config, logps, advantages, response_mask, progress=None, weight=10.0, **rest):
     """The control of the gated term at gamma 10: weight log pi instead of gamma k3, for every token
-    of a response with A > 0. No second view."""
+    of a response with A > 0. Reads no second view. Metrics are papo_loss's, without the push."""
     given = dict(advantages=advantages, response_mask=response_mask, **rest)
     loss, metrics = papo_loss(replace(config, gamma=0.0), logps, **given)
     right = (advantages[:, None] > 0) * logps  # (B, T)

@@ -2,10 +2,11 @@
 
 World    toy.py as `python train_small.py` uses it: four digits, a warm start (WARM_START), 16
          questions x 8 responses a step, 2 updates a step, learning rate 1e-4, 40 steps. An arm
-         changes only what its line in ARMS says.
+         changes only what its line in ARMS says, and its name: an objective of methods.py, the
+         validation split ("choose-"), questions of high dependency alone ("lesson-").
 Worlds   two: the sum of the digits, and the largest of them (arms "largest-"), another question
-         about the same pictures, which a response that misreads them often answers right. Its arms
-         were fixed as the first one's.
+         about the same pictures, which a response that misreads them often answers right. But for
+         what is said below its arms were fixed in advance.
 Seeds    the same for every arm: a seed decides warm start, questions, samples and masks, so arms
          are compared pair by pair. 8 seeds for an arm that a claim rests on, 4 for long runs and
          for the steps of the second world's ladder in between, 3 for the first's. The arms of 8
@@ -60,7 +61,7 @@ from study.methods import OBJECTIVES
 
 QUESTIONS, WARM_START = 96, toy.WarmStart()
 # The weights of the perception term, ungated and gated, and on how many seeds; the best, 0.3 and
-# 10, and ten times that on 8. In the first world, in the second, and on DAPO's base.
+# 10, on 8, as ten times that mostly is. In the first world, the second, and on DAPO's base.
 FIRST = {
     "gamma": {0.3: 8, 3: 8, 0.05: 3, 0.1: 3, 0.2: 3, 0.5: 3, 1: 3, 10: 3},
     "gated": {10: 8, 100: 8, 1: 3, 3: 3, 30: 3, 300: 3},

@@ -99,12 +99,6 @@ def test_the_card_is_in_words():
     assert all(len(re.split(r"(?<!\\)\|", row)) == 5 for row in rows)
 
 
-def test_the_card_explains_papo_h_where_it_is():
-    assert "PAPO-H" in card()
-    for other in (dict(gamma=0.01), dict(eta1=0.05), dict(eta2=0.05), dict(gated=True)):
-        assert "PAPO-H" not in card(**other)
-
-
 def test_metadata_names_only_what_is_on_a_hub(tmp_path):
     """A folder of this machine is no id, and its path is nobody's business."""
     (tmp_path / "model").mkdir()
