@@ -85,9 +85,11 @@ def test_what_a_page_points_to_is_there(page):
 
 
 def test_every_interval_is_the_studys():
-    """x ± y on the first page and in the study stands in a line of arms.csv, there with one more
-    digit."""
-    known, pairs = [], [("mean", "half_interval"), ("relative", "relative_half_interval")]
+    """x ± y on the first page and in the study stands in methods.md, or in a line of arms.csv, there
+    with one more digit."""
+    shown = re.compile(r"([+-]?\d+\.\d) ± (\d+\.\d)")
+    known = [[*map(float, x)] for x in shown.findall((ROOT / "study" / "methods.md").read_text())]
+    pairs = [("mean", "half_interval"), ("relative", "relative_half_interval")]
     with open(ROOT / "study" / "arms.csv") as file:
         for row in csv.DictReader(file):
             for names in (*pairs, ("minus_baseline", "minus_half_interval")):
@@ -98,6 +100,6 @@ def test_every_interval_is_the_studys():
                 )
     known = torch.tensor(known)  # (intervals, 2)
     for page in (README, (ROOT / "study" / "README.md").read_text()):
-        for said in re.findall(r"([+-]?\d+\.\d) ± (\d+\.\d)", page):
+        for said in shown.findall(page):
             apart = (known - torch.tensor([float(x) for x in said])).abs().amax(1).min()
             assert apart < 0.0501, said
