@@ -100,11 +100,11 @@ ARMS = {
     "long-gamma-0.3": (4, "long-grpo", "--steps=80 --gamma=0.3"),
     "long-gated-10": (4, "long-grpo", "--steps=80 --gamma=10 --gated=True"),
     **compare.ARMS,
-    "rescue-beta": (3, "gamma-3 grpo", "--gamma=3 --beta=1"),
+    "rescue-beta": (8, "gamma-3 grpo", "--gamma=3 --beta=1"),
     "rescue-eta1": (8, "gamma-3 grpo", "--gamma=3 --eta1=3"),
     "rescue-eta2": (8, "gamma-3 grpo", "--gamma=3 --eta2=3"),
     "rescue-both": (8, "gamma-3 grpo", "--gamma=3 --eta1=3 --eta2=3"),
-    "entropy-only": (3, "grpo", "--gamma=0 --eta1=3"),  # the rescue where nothing is to be rescued
+    "entropy-only": (8, "grpo", "--gamma=0 --eta1=3"),  # the rescue where nothing is to be rescued
     "lesson-grpo": (4, "lesson-grpo", f"{LESSON} --gamma=0"),
     "lesson-kl": (4, "lesson-grpo", f"{LESSON} --gamma=0.2"),
     "lesson-entropy": (4, "lesson-grpo", f"{LESSON} --gamma=0 --eta1=0.1 --algorithm=papo-g"),
@@ -351,7 +351,7 @@ def draw(runs):
     steep = {"papo-g": "gamma 0.02"} | {f"gamma-{x}": f"gamma {x}" for x in (0.3, 1, 3, 10)}
     rescues = labels(  # those on eight seeds
         "gamma-3: no rescue; rescue-eta1: eta1; rescue-eta2: eta2; rescue-both: eta1 and eta2; "
-        "grpo: GRPO"
+        "rescue-beta: beta; entropy-only: eta1, gamma 0; grpo: GRPO"
     )
     masks = labels("mask-0.4: 40 % black; gamma-0.3: 60 % black; mask-0.8: 80 % black")
     masks |= labels("mask-1: all black; grpo: GRPO")
