@@ -153,6 +153,10 @@ def make_model(architecture, processor, vision_sizes=(), **text_sizes):
     return model.eval()
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def picture(seed, width=90, height=60, mode="RGB"):
     """Coloured noise without a single black pixel."""
     rng = np.random.default_rng(seed)

@@ -44,10 +44,8 @@ def expect(what, given, expected, rtol=1e-4, atol=1e-6):
     except (TypeError, ValueError, RuntimeError):
         raise Wrong(f"{what}: you gave {given!r}, expected numbers") from None
     expected = torch.as_tensor(expected).detach().double()
-    require(
-        given.shape == expected.shape,
-        f"{what}: you gave shape {tuple(given.shape)}, expected {tuple(expected.shape)}",
-    )
+    words = f"you gave shape {tuple(given.shape)}, expected {tuple(expected.shape)}"
+    require(given.shape == expected.shape, f"{what}: {words}")
     wrong = ~torch.isclose(given, expected, rtol=rtol, atol=atol)
     if wrong.any():
         if given.numel() == 1:
@@ -64,11 +62,7 @@ def expect(what, given, expected, rtol=1e-4, atol=1e-6):
 def prediction_holds(answer):
     """Advantages of a group sum to 0 and have standard deviation 1"""
     choices, given = (("right", "wrong"), ("grows", "shrinks")), answer()
-    valid = (
-        isinstance(given, tuple)
-        and len(given) == 2
-        and all(map(tuple.__contains__, choices, given))
-    )
+    valid = given in [(first, second) for first in choices[0] for second in choices[1]]
     require(valid, f"you gave {given!r}, expected one word of each: {choices}")
     words = "you gave 'wrong', expected 'right': advantages sum to 0, and 3 balance 5"
     require(given[0] == "right", f"further from 0: {words}")
@@ -154,25 +148,30 @@ def cells(before, after, size):
     return share == 1
 
 
-def draw_masks(mask, ratio, count=200, width=75, height=50, size=14):
-    """The grids of several masks of one noisy image, from one generator."""
+def noisy(width=145, height=75):
     pixels = np.random.default_rng(0).integers(30, 256, (height, width, 3), dtype=np.uint8)
-    image, generator = Image.fromarray(pixels), seeded(0)
-    return np.array([cells(image, mask(image, ratio, size, generator), size) for _ in range(count)])
+    return Image.fromarray(pixels)
+
+
+def draw_masks(mask, ratio):
+    """The grids of 200 masks of one noisy image, from one generator: (200, 6, 11), which is at the
+    edges of less than 14 pixels."""
+    image, generator = noisy(), seeded(0)
+    return np.array([cells(image, mask(image, ratio, 14, generator), 14) for _ in range(200)])
 
 
 def masks_make_a_new_image(mask):
     """A new RGB image of the same size, whatever the mode of the given one, which stays as it
     was"""
-    for mode in ("RGB", "L", "RGBA"):
-        image = grey(width=75, height=50).convert(mode)
-        before = image.tobytes()
-        masked = mask(image, 0.5, 14, seeded(0))
-        given = f"you gave {masked.mode} of {masked.size[0]} x {masked.size[1]}"
-        given = f"{mode} image of 75 x 50: {given}"
-        good = (masked.size, masked.mode) == ((75, 50), "RGB")
-        require(good, f"{given}, expected RGB of 75 x 50")
-        require(image.tobytes() == before, f"{mode} image: the given image was changed")
+    for size, patch in ((75, 50), 14), ((5, 9), 14), ((31, 1), 7):
+        for mode in ("RGB", "L", "RGBA", "P"):
+            image = noisy(*size).convert(mode)
+            before, masked = image.tobytes(), mask(image, 0.5, patch, seeded(0))
+            given = f"you gave {masked.mode} of {masked.size[0]} x {masked.size[1]}"
+            given = f"{mode} image of {size[0]} x {size[1]}: {given}"
+            require((masked.size, masked.mode) == (size, "RGB"), f"{given}, expected RGB as large")
+            require(image.tobytes() == before, f"{mode} image: the given image was changed")
+            cells(image, masked, patch)
 
 
 def masks_have_their_ratio(mask):
@@ -180,19 +179,22 @@ def masks_have_their_ratio(mask):
     everything"""
     for ratio in (0.0, 0.3, 0.6, 1.0):
         shares = draw_masks(mask, ratio).mean(0)  # of each cell over 200 masks
-        for place in ((0, 0), (1, 2), (shares.shape[0] - 1, shares.shape[1] - 1)):
-            near = abs(shares[place] - ratio) <= 4.5 * math.sqrt(ratio * (1 - ratio) / 200)
-            words = f"ratio {ratio}, cell {place} of {shares.shape}: you blacked it out in"
-            words = f"{words} {shares[place]:.0%} of 200 masks, expected about {ratio:.0%}"
-            require(near, words)
+        found = {f"cell {(y, x)} of (6, 11)": shares[y, x] for y in (0, 2, 5) for x in (0, 4, 10)}
+        for what, share in (found | {"all cells": shares.mean()}).items():
+            flips = 200 * (shares.size if what == "all cells" else 1)
+            near = abs(share - ratio) <= 4 * math.sqrt(ratio * (1 - ratio) / flips)
+            words = f"ratio {ratio}, {what}: you blacked out {share:.1%} in 200 masks"
+            require(near, f"{words}, expected about {ratio:.0%}")
 
 
 def masks_are_coin_flips(mask):
     """Cells are independent: how many go black varies from mask to mask as for coin flips"""
-    counts = draw_masks(mask, 0.5).sum((1, 2))  # of 24 cells
-    spread, expected = counts.std(), math.sqrt(24 * 0.25)
-    words = f"24 cells, ratio 0.5: the number you blacked out varies by {spread:.2f}"
-    require(0.75 * expected < spread < 1.25 * expected, f"{words}, expected about {expected:.2f}")
+    for ratio in (0.3, 0.6):
+        counts = draw_masks(mask, ratio).sum((1, 2))  # of 66 cells
+        spread, expected = counts.std(), math.sqrt(66 * ratio * (1 - ratio))
+        words = f"66 cells, ratio {ratio}: the number you blacked out varies by {spread:.2f}"
+        near = 0.8 * expected <= spread <= 1.2 * expected
+        require(near, f"{words}, expected about {expected:.2f}")
 
 
 def masks_come_from_the_generator(mask):
