@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_responses, stock_score, two_prompts
+from conftest import gradients, random_responses, stock_score, two_prompts
 from torch.nn.utils.rnn import pad_sequence
 
 import papo
@@ -12,12 +12,6 @@ from papo import group_logps, token_logps
 
 def close(a, b, tolerance=2e-5):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def gradients(model, scalar):
-    model.zero_grad()
-    scalar.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def close_gradients(given, expected):
