@@ -34,13 +34,12 @@ def roll_out(warm_start, source=None, **settings):
     return config, papo.roll_out(*warm_start, config, source or rows(), generator)[0]
 
 
-def train(warm_start, steps, source=None, run=None, **settings):
+def train(warm_start, steps, run=None, **settings):
     """The metrics of a few steps from the warm start, which stays as it was."""
     model, processor = copy.deepcopy(warm_start[0]), warm_start[1]
     run = ts.RunConfig(**{"gradient_checkpointing": False} | (run or {}))
-    trainer = ts.Trainer(
-        model, processor, PAPOConfig(**SIZES | settings), run, source or list(rows())
-    )
+    config = PAPOConfig(**SIZES | settings)
+    trainer = ts.Trainer(model, processor, config, run, list(rows()))
     return [trainer.step() for _ in range(steps)]
 
 
@@ -123,7 +122,7 @@ def test_the_responses_fill_with_tokens():
 
 
 def test_the_entropy_freezes():
-    """The policy is certain before it is right: few groups are mixed, and little is left to learn."""
+    """The policy is certain before it is right: few groups are mixed, little is left to learn."""
     found = lambda key, steps: kept("entropy-only", key, steps)
     start, end = range(1, 6), range(31, 41)
     assert found("entropy", end) < 0.1 * found("entropy", start)
