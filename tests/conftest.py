@@ -3,7 +3,9 @@ transformers processor over a byte-level BPE trained on the spot, and the stock 
 response, against which papo.py is held."""
 
 import functools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import transformers
 from filelock import FileLock
-from PIL import Image
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 import papo
@@ -153,6 +156,10 @@ def make_model(architecture, processor, vision_sizes=(), **text_sizes):
     return model.eval()
 
 
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
 def picture(seed, width=90, height=60, mode="RGB"):
     """Coloured noise without a single black pixel."""
     rng = np.random.default_rng(seed)
@@ -194,6 +201,109 @@ def one_vlm():
     yield from lend("qwen2_5_vl")
 
 
+# ---- runs of train_small.py ----
+
+# A run of a second; what stands behind these flags wins over them.
+QUICK = (
+    "--group-size 2 --prompts-per-batch 4 --updates-per-batch 2 --max-new-tokens 6 --eval-size 4 "
+    "--eval-every 2 --steps 2 --learning-rate 1e-3 --min-pixels 4704 --max-pixels 15680"
+).split()
+
+
+def make_folder(architecture, tmp_path_factory):
+    """A model folder as a hub has it: weights, config, processor."""
+    path = tmp_path_factory.mktemp("model") / architecture
+    for part in built(architecture):
+        part.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def one_folder(tmp_path_factory):
+    return make_folder("qwen2_5_vl", tmp_path_factory)
+
+
+@pytest.fixture
+def folder(one_folder, tmp_path):
+    """A copy of it that a test may change."""
+    return Path(shutil.copytree(one_folder, tmp_path / "model"))
+
+
+def dots(count):
+    """A drawn question: so many dots on grey."""
+    image = Image.new("RGB", (84, 84), (90, 90, 90))
+    for i in range(count):
+        x, y = 5 + 26 * (i % 3), 5 + 26 * (i // 3)
+        ImageDraw.Draw(image).ellipse((x, y, x + 20, y + 20), (250, 200, 40))
+    return image
+
+
+def write_dots(path, counts):
+    """Drawn questions in the columns of the published data sets."""
+    ask = lambda n: "<image>How many dots?" if n % 2 else "How many dots?"
+    rows = [{"images": [dots(n)], "problem": ask(n), "answer": str(n)} for n in counts]
+    text, images = datasets.Value("string"), datasets.List(datasets.Image())
+    features = datasets.Features(images=images, problem=text, answer=text)
+    datasets.Dataset.from_list(rows, features=features).to_parquet(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def parquet(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "dots.parquet"
+    return write_dots(path, np.random.default_rng(0).integers(1, 10, 64).tolist())
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def metrics(out):
+    return lines_of(out / "metrics.jsonl")
+
+
+@pytest.fixture
+def train(one_folder, parquet, tmp_path, monkeypatch):
+    """A function that runs train_small.py with these flags behind QUICK and returns the run's
+    folder. Without curves, half of the time of a run this small."""
+    import train_small
+    from program import report
+
+    monkeypatch.setattr(report, "plot_curves", lambda *_: None)
+
+    def run(name="run", flags="", model=one_folder, dataset=parquet):
+        out = tmp_path / name
+        start = ["--model", str(model), "--dataset", str(dataset), *QUICK, "--out", str(out)]
+        train_small.main([*start, *flags.split()])
+        return out
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function from flags to the one line that train_small.py ends with."""
+    import train_small
+
+    def line_of(argv):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            train_small.main(argv)
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert stop.value.code == 2 and line.startswith("train_small.py: error:")
+        return line
+
+    return line_of
+
+
+# ---- prompts, responses, and stock scores ----
+
+
 def two_prompts(processor):
     """Of different lengths, with images of 2 x 3 and 4 x 3 merged tokens: M-RoPE's axes differ."""
     unit = 2 * processor.image_processor.patch_size
@@ -207,6 +317,11 @@ def random_responses(processor, lengths, seed=0):
     end = torch.tensor([processor.tokenizer.eos_token_id])
     draw = lambda n: torch.randint(len(SPECIAL_TOKENS), V, (n,), generator=generator)
     return [torch.cat([draw(n - 1), end]) for n in lengths]
+
+
+def same_weights(a, b):
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
 
 
 def shift_logits(model, shifts):
@@ -237,3 +352,10 @@ def stock_score(model, prompt, response, temperature=1.0):
     logits = stock_logits(model, prompt, response) / temperature
     distribution = torch.distributions.Categorical(logits=logits)
     return distribution.log_prob(response), distribution.entropy()
+
+
+def gradients(model, scalar):
+    """{name: gradient} of the parameters that have one."""
+    model.zero_grad()
+    scalar.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

@@ -88,16 +88,12 @@ def test_every_interval_is_the_studys():
     """x ± y on the first page and in the study stands in methods.md, or in a line of arms.csv, there
     with one more digit."""
     shown = re.compile(r"([+-]?\d+\.\d) ± (\d+\.\d)")
-    known = [[*map(float, x)] for x in shown.findall((ROOT / "study" / "methods.md").read_text())]
     pairs = [("mean", "half_interval"), ("relative", "relative_half_interval")]
+    pairs += [("minus_baseline", "minus_half_interval")]
     with open(ROOT / "study" / "arms.csv") as file:
-        for row in csv.DictReader(file):
-            for names in (*pairs, ("minus_baseline", "minus_half_interval")):
-                known += (
-                    [[float(row[name]) for name in names]]
-                    if row[names[1]] not in ("", "nan")
-                    else []
-                )
+        given = [[row[name] for name in pair] for row in csv.DictReader(file) for pair in pairs]
+    given += shown.findall((ROOT / "study" / "methods.md").read_text())
+    known = [[float(x) for x in pair] for pair in given if pair[1] not in ("", "nan")]
     known = torch.tensor(known)  # (intervals, 2)
     for page in (README, (ROOT / "study" / "README.md").read_text()):
         for said in shown.findall(page):

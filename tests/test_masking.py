@@ -1,67 +1,30 @@
 """Masking and Qwen-VL's prompt: a patch of the vision tower is wholly black or untouched."""
 
-import numpy as np
 import pytest
 import torch
-from conftest import QUESTIONS, picture
-from exercises import cells
+from conftest import QUESTIONS, picture, seeded
+from exercises import EXERCISES, cells
 
 import papo
 from papo import encode_prompt, fit_image, mask_patches, mask_prompt
 
 
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
+@pytest.mark.parametrize("grade", EXERCISES["mask"])
+def test_masks_are_what_the_walkthrough_asks_for(grade):
+    """App. G.1: cells black or untouched, each with its probability, independent, by the
+    generator."""
+    grade(mask_patches)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
-@pytest.mark.parametrize("size, patch", [((75, 50), 14), ((5, 9), 14), ((31, 1), 7)])
-def test_cells_are_black_or_untouched(mode, size, patch):
-    """App. G.1, for all kinds of images; one cut by the edge is a cell. Same size, RGB, a new
-    image."""
-    image = picture(0, *size, mode)
-    copy, drawn = image.copy(), []
-    for seed in range(12):
-        masked = mask_patches(image, 0.5, patch, generator(seed))
-        assert masked.size == size and masked.mode == "RGB"
-        drawn.append(cells(image, masked, patch))
-    assert drawn[0].shape == (-(-size[1] // patch), -(-size[0] // patch))
-    assert image.mode == copy.mode and image.tobytes() == copy.tobytes()
-    share = np.mean(drawn, axis=0)
-    assert (0 < share).all() and (share < 1).all()  # each now black, now not
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.3, 0.6, 1.0, None])
-def test_ratio_is_the_probability_of_black(ratio):
-    """Each cell independently with probability p: mean, and spread over images, as for coin
-    flips."""
-    image, g = picture(0, 140, 70), generator(1)
-    options, ratio = (dict(), 0.6) if ratio is None else (dict(ratio=ratio, patch_size=14), ratio)
-    masks = [mask_patches(image, generator=g, **options) for _ in range(200)]
-    share = np.array([cells(image, masked, 14).mean() for masked in masks])
-    deviation = (ratio * (1 - ratio) / 50) ** 0.5  # of the share of 50 cells
-    assert abs(share.mean() - ratio) <= 4 * deviation / 200**0.5
-    assert 0.8 * deviation <= share.std() <= 1.2 * deviation
-
-
-def test_the_generator_decides():
-    """Same seed, same mask; its next draw is another; torch's global generator is not used."""
-    image, g = picture(0, 140, 70), generator(3)
-    first, second = mask_patches(image, 0.5, 14, g), mask_patches(image, 0.5, 14, g)
-    state = torch.get_rng_state()
-    again = mask_patches(image, 0.5, 14, generator(3))
-    assert again.tobytes() == first.tobytes() != second.tobytes()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert mask_patches(image, 0.5, 14).tobytes() != mask_patches(image, 0.5, 14).tobytes()
-
-
-@pytest.mark.parametrize(
-    "ratio, size, name",
-    [(1.5, 14, "ratio"), (-0.1, 14, "ratio"), (float("nan"), 14, "ratio"), (0.5, 0, "patch_size")],
-)
-def test_nonsense_is_refused(ratio, size, name):
-    with pytest.raises(ValueError, match=name):
-        mask_patches(picture(0), ratio, size)
+def test_defaults_and_nonsense():
+    image, drawn = picture(0, 140, 70), mask_patches(picture(0, 140, 70), 0.6, 14, seeded(1))
+    assert mask_patches(image, generator=seeded(1)).tobytes() == drawn.tobytes()
+    assert mask_patches(image).tobytes() != mask_patches(image).tobytes()
+    for ratio, size, name in (1.5, 14, "ratio"), (-0.1, 14, "ratio"), (0.5, 0, "patch_size"):
+        with pytest.raises(ValueError, match=name):
+            mask_patches(image, ratio, size)
+    with pytest.raises(ValueError, match="ratio"):
+        mask_patches(image, float("nan"))
 
 
 SIZES = ((90, 60), (300, 200), (20, 20), (31, 150), (224, 224), (500, 40), (97, 101), (640, 480))
@@ -90,7 +53,7 @@ def test_fit_image_is_what_the_processor_sees(vlm, low, high):
         prompt = encode_prompt(processor, "?", picture(0, *size))
         grid = [[1, fitted.height // patch, fitted.width // patch]]
         assert prompt["image_grid_thw"].tolist() == grid
-        masked = mask_patches(fitted, 0.6, patch, generator())
+        masked = mask_patches(fitted, 0.6, patch, seeded())
         original = prompt["pixel_values"]
         values = mask_prompt(processor, prompt, masked)["pixel_values"]
         assert values.shape == original.shape == (grid[0][1] * grid[0][2], len(black))
@@ -104,7 +67,7 @@ def test_masking_before_the_resize_leaves_patches_that_are_neither(vlm):
     _, processor = vlm
     patch = processor.image_processor.patch_size
     image = picture(4, 7 * patch + 5, 5 * patch - 3)
-    masked = mask_patches(image, 0.6, patch, generator())
+    masked = mask_patches(image, 0.6, patch, seeded())
     original, values = (encode_prompt(processor, "?", i)["pixel_values"] for i in (image, masked))
     black = values.amax(1) < -1.4  # in all channels
     assert (black | (values - original).abs().amax(1).lt(1e-3)).float().mean() < 0.5
@@ -115,7 +78,7 @@ def test_a_masked_prompt_is_the_prompt_of_the_masked_image(vlm):
     again, and gives what encode_prompt would; features of the plain image do not stay."""
     _, processor = vlm
     fitted = fit_image(processor, picture(3))
-    masked = mask_patches(fitted, 0.6, processor.image_processor.patch_size, generator())
+    masked = mask_patches(fitted, 0.6, processor.image_processor.patch_size, seeded())
     prompt, expected = (encode_prompt(processor, QUESTIONS[1], image) for image in (fitted, masked))
     given = mask_prompt(processor, {**prompt, "features": "of the plain image"}, masked)
     assert given.keys() == expected.keys()

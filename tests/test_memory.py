@@ -3,13 +3,13 @@
 import pytest
 import torch
 from conftest import make_model, make_processor, picture, random_responses
-from test_big import TEXT, VISION
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import papo
+import toy
 import train_small as ts
 from program import SAMPLES
 from program.memory import estimate_memory, layer_bytes
+from study import bench
 
 ROWS = [{"images": [picture(i, 84, 56)], "problem": "What?", "answer": "7"} for i in range(6)]
 CONFIG = papo.PAPOConfig(group_size=2, max_new_tokens=3, prompts_per_sample=4)
@@ -21,39 +21,44 @@ def test_evaluation_keeps_no_pixels(one_vlm):
     assert all(set(row) == {"images", "problem", "answer"} for row in ROWS)
 
 
-SIZES_7B = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944)
-SIZES_7B |= dict(num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
-SIZES_7B |= dict(tie_word_embeddings=False)
+UNTIED = dict(tie_word_embeddings=False)
+SIZES_7B = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, layer_types=None)
+SIZES_7B |= dict(num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4) | UNTIED
 
 
-def published(size, dtype):
-    """Qwen2.5-VL-3B or 7B without memory: on the meta device."""
-    text = {**TEXT, **(SIZES_7B if size == "7b" else {})}
-    vision = {**VISION, "out_hidden_size": text["hidden_size"]}
-    tied = dict(tie_word_embeddings=size == "3b")
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **tied)
-    with torch.device("meta"):
-        return Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+@pytest.fixture
+def estimate(monkeypatch):
+    """A function from "3b" or "7b" and flags to the estimate for that Qwen2.5-VL, which is on the
+    meta device: it takes no memory."""
+    monkeypatch.setattr(bench, "DEVICE", torch.device("meta"))
+
+    def estimate(size, flags):
+        config, run = ts.parse_args(f"--model x --dataset y {flags}".split())
+        model = bench.qwen_3b(toy.toy_processor())
+        if size == "7b":
+            sizes = model.config.to_dict() | UNTIED
+            sizes["text_config"] |= SIZES_7B
+            sizes["vision_config"]["out_hidden_size"] = SIZES_7B["hidden_size"]
+            with torch.device("meta"):
+                model = type(model)(type(model.config)(**sizes))
+        dtype = torch.float32 if run.precision == "fp32" else torch.bfloat16
+        return estimate_memory(model.to(dtype), config, run)
+
+    return estimate
 
 
-def estimate(size, flags):
-    config, run = ts.parse_args(f"--model x --dataset y {flags}".split())
-    model = published(size, torch.float32 if run.precision == "fp32" else torch.bfloat16)
-    return estimate_memory(model, config, run)
-
-
-def test_weights_of_published_models():
+def test_weights_of_published_models(estimate):
     """3,754,622,976 and 8,292,166,656 parameters, counted from the configurations."""
     assert round(estimate("3b", "")["weights"] * 2**30) == 4 * 3_754_622_976
     assert round(estimate("7b", "--precision bf16-kahan")["gradients"] * 2**30) == 2 * 8_292_166_656
 
 
 @pytest.mark.parametrize("gib", [24, 48, 80])
-def test_settings_for_a_gpu_fit_it(gib):
+def test_settings_for_a_gpu_fit_it(gib, estimate):
     assert 0.4 * gib < estimate("3b", f"--gpu-memory {gib}")["peak"] < 0.9 * gib
 
 
-def test_the_7b_example_fits_48_gib():
+def test_the_7b_example_fits_48_gib(estimate):
     assert estimate("7b", "--preset papo-g-7b")["peak"] > 150
     assert estimate("7b", "--preset papo-g-7b --gpu-memory 48")["peak"] < 0.9 * 48
 

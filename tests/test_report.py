@@ -44,11 +44,9 @@ def test_samples_say_what_ran_and_what_each_token_owes(tmp_path):
     assert "<h1>a run" in text and "<th>algorithm<td>papo-g, gamma 0.02" in text
     assert "image>" not in text and "image&gt;" not in text
     body = text.split("<section>")[1]
-    assert (
-        re.findall(r"<small>(.*?)</small>", body) == ["+0.1", "+1.3", "-2.0"] * 2
-    )  # before and after
-    scale = text.split("<section>")[0]
-    assert re.findall(r"<small>(.*?)</small>", scale) == [f"{n:+d}.0" for n in range(-4, 5) if n]
+    numbers, scale = re.compile(r"<small>(.*?)</small>"), text.split("<section>")[0]
+    assert numbers.findall(body) == ["+0.1", "+1.3", "-2.0"] * 2  # before and after
+    assert numbers.findall(scale) == [f"{n:+d}.0" for n in range(-4, 5) if n]
     shades = [float(a) for a in re.findall(r"/ ([\d.]+)\)", scale.split("<p>")[-1])]
     assert shades == [0.8, 0.6, 0.4, 0.2, 0.0, 0.2, 0.4, 0.6, 0.8]
 
@@ -86,15 +84,13 @@ def card(model=None, dataset=None, **changes):
 
 def test_the_card_is_in_words():
     text = card()
-    assert (
-        "| accuracy (avg@8) | 12.3 | 90.0 |" in text
-        and "| right at least once (pass@8) | 50.0 |" in text
-    )
-    assert "| perception errors | 25.0 | 25.0 |" in text and "error_perception" not in text
-    assert all(f"| {word} |" in text for word in papo.PAPOConfig.__dataclass_fields__)
-    assert "accuracy_before_percent: 12.3\n" in text and "/some/where" not in text
-    assert "steps: 43\n" in text and "$" not in text
-    assert "MIT" in text and "## Limits" in text and f"torch {torch.__version__}" in text
+    rows = ["accuracy (avg@8) | 12.3 | 90.0", "right at least once (pass@8) | 50.0"]
+    rows += ["perception errors | 25.0 | 25.0", *papo.PAPOConfig.__dataclass_fields__]
+    assert all(f"| {row} |" in text for row in rows)
+    for said in "accuracy_before_percent: 12.3\n", "steps: 43\n", "MIT", "## Limits":
+        assert said in text
+    assert f"torch {torch.__version__}" in text
+    assert not any(said in text for said in ("error_perception", "/some/where", "$"))
     rows = [line for line in text.split("## Settings")[1].splitlines() if line.startswith("|")]
     assert all(len(re.split(r"(?<!\\)\|", row)) == 5 for row in rows)
 
@@ -107,10 +103,8 @@ def test_metadata_names_only_what_is_on_a_hub(tmp_path):
     assert "base_model" not in text and "datasets:" not in text and str(tmp_path) not in text
     assert "on model\n" in text and "`data.parquet`" in text
     text = card("Qwen/Qwen2.5-VL-3B-Instruct", "hiyouga/geometry3k")
-    assert (
-        'base_model: "Qwen/Qwen2.5-VL-3B-Instruct"' in text
-        and 'datasets: ["hiyouga/geometry3k"]' in text
-    )
+    assert 'base_model: "Qwen/Qwen2.5-VL-3B-Instruct"' in text
+    assert 'datasets: ["hiyouga/geometry3k"]' in text
 
 
 def test_versions_name_the_commit_and_whether_files_differ(tmp_path, monkeypatch):
@@ -142,10 +136,8 @@ def test_curves_have_the_accuracy_from_0_to_1_and_the_legends_outside(tmp_path, 
     history = [{"step": i, "eval_accuracy": 0.4, "reward": 0.5, "kl_prcp": 0.1} for i in range(4)]
     report.plot_curves(tmp_path / "c.png", history, "papo-g, gamma 0.02, seed 0")
     (figure,) = figures
-    assert figure.get_suptitle() == "papo-g, gamma 0.02, seed 0" and figure.axes[0].get_ylim() == (
-        0,
-        1,
-    )
+    assert figure.get_suptitle() == "papo-g, gamma 0.02, seed 0"
+    assert figure.axes[0].get_ylim() == (0, 1)
     for axis in figure.axes:
         if legend := axis.get_legend():
             assert legend.get_window_extent().y1 <= axis.get_window_extent().y0

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 # ---- a process that runs jobs in forks of itself ----
 
@@ -22,9 +23,8 @@ def serve():
     """For each job on stdin: fork, run it, and answer with its exit status, negative for a signal.
 
     {argv}: train_small.main. {save: folder, step}: one save of two parts, a text and a state.
-    files, updates: [[n, number], ...]: the child sends itself a signal right before the nth time
-    that it touches a path under its folder (Python reports each such operation to an audit hook),
-    or before its nth optimizer update."""
+    files, updates: [[n, number], ...]: a signal right before the nth time that the child touches a
+    path under its folder (Python reports it to an audit hook), or its nth optimizer update."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     import torch
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor  # noqa: F401
@@ -58,9 +58,9 @@ def run_job(papo, ts, job):
                 os.kill(os.getpid(), number)
 
     def hook(event, arguments):
-        if arguments and isinstance(arguments[0], (str, os.PathLike)):
-            if str(arguments[0]).startswith(folder):
-                count("files")
+        path = arguments[0] if arguments else None
+        if isinstance(path, (str, os.PathLike)) and str(path).startswith(folder):
+            count("files")
 
     sys.addaudithook(hook)
     papo.papo_step = lambda *args: (count("updates"), update(*args))[1]
@@ -107,44 +107,36 @@ if __name__ == "__main__":
 
 import pytest
 import torch
-from test_train import load_weights, make_folder, metrics, refused, write_dots
+from conftest import QUICK, metrics, same_weights, write_dots
+from test_train import load_weights
 
 import papo
 import train_small as ts
 from program import report, runs
 
 
-class Programs:
-    def __init__(self, log):
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.log, self.process = log, subprocess.Popen([sys.executable, __file__], **pipes)
-
-    def run(self, argv=None, **job):
-        job = json.dumps({"argv": argv, "log": str(self.log), **job})
-        print(job, file=self.process.stdin, flush=True)
-        return json.loads(self.process.stdout.readline())
-
-
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    programs = Programs(tmp_path_factory.mktemp("log") / "log")
-    yield programs
-    programs.process.stdin.close()
-    programs.process.wait()
+    """.run(argv, **job): a job's exit status; .log: the file of all that they print."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    log = tmp_path_factory.mktemp("log") / "log"
+    with subprocess.Popen([sys.executable, __file__], **pipes) as process:
+
+        def run(argv=None, **job):
+            job = json.dumps({"argv": argv, "log": str(log), **job})
+            print(job, file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield SimpleNamespace(run=run, log=log)
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Arguments of a run that takes a second: a tiny model, 16 drawn questions, 3 steps with a
-    checkpoint each."""
+def world(one_folder, tmp_path_factory):
+    """Arguments of a run that takes a second: 16 drawn questions, 3 steps with a checkpoint
+    each."""
     data = write_dots(tmp_path_factory.mktemp("data") / "d.parquet", [n % 9 + 1 for n in range(16)])
-    sizes = (
-        "--group-size 2 --prompts-per-batch 2 --updates-per-batch 2 --max-new-tokens 4 --steps 3 "
-        "--eval-size 2 --eval-every 2 --save-every 1 --learning-rate 1e-3 --min-pixels 4704 "
-        "--max-pixels 15680"
-    )
-    model = make_folder("qwen2_5_vl", tmp_path_factory)
-    return ["--model", model, "--dataset", data, *sizes.split()]
+    sizes = "--prompts-per-batch 2 --max-new-tokens 4 --eval-size 2 --steps 3 --save-every 1"
+    return ["--model", one_folder, "--dataset", data, *QUICK, *sizes.split()]
 
 
 @pytest.fixture(autouse=True)
@@ -225,20 +217,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(operation, programs, world,
     assert len(runs.read_record(out)["history"]) >= len(lines) - 1 or len(lines) < 3
     ts.main([*argv, "--resume"])
     assert metrics(out) == expected
-    ends = (load_weights(folder / "checkpoint").state_dict() for folder in (out, whole))
-    assert all(torch.equal(a, b) for a, b in zip(*(end.values() for end in ends)))
+    assert same_weights(*(load_weights(folder / "checkpoint") for folder in (out, whole)))
 
 
-@pytest.mark.parametrize(
-    "left, newest",
-    [
-        (("", ".new"), ""),
-        (("", ".old"), ""),
-        ((".new", ".old"), ".new"),
-        ((".old",), ".old"),
-        ((".new",), ""),  # of the first save, cut short: there is none
-    ],
-)
+# The suffixes that a kill leaves; the last one is of the first save, cut short: there is none.
+LEFT = [(("", ".new"), ""), (("", ".old"), ""), ((".new", ".old"), ".new"), ((".old",), ".old")]
+
+
+@pytest.mark.parametrize("left, newest", [*LEFT, ((".new",), "")])
 def test_the_newest_whole_checkpoint_is_found(left, newest, tmp_path):
     for suffix in left:
         (tmp_path / f"checkpoint{suffix}").mkdir()
@@ -296,24 +282,25 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
 # ---- one folder, one run ----
 
 
-def test_a_folder_that_holds_a_run_is_refused(world, copied, capsys, nothing_is_loaded):
+def test_a_resumed_run_is_refused_in_words(world, copied, refused, nothing_is_loaded):
+    """As is a new one in the folder of another; nothing is loaded or changed."""
     before, argv = contents(copied), [*world, "--gamma", "0.05", "--out", str(copied)]
-    assert "--resume" in refused(argv, capsys)
-    assert "gamma 0.02 -> 0.05" in refused([*argv, "--resume"], capsys)
+    assert "--resume" in refused(argv)
+    assert "gamma 0.02 -> 0.05" in refused([*argv, "--resume"])
     assert contents(copied) == before
     for name in ("config.json", "metrics.jsonl"):  # a checkpoint alone is a run, too
         (copied / name).unlink()
-    refused(argv, capsys)
+    refused(argv)
 
 
-def test_default_names_never_meet(world, whole, tmp_path, monkeypatch, capsys):
+def test_default_names_never_meet(world, whole, tmp_path, monkeypatch, refused):
     """A name that is taken is refused, with the flag that gives another; --resume finds it. An
     evaluation has a name of its own."""
     monkeypatch.chdir(tmp_path)
     name = Path("runs/papo-g-gamma0.02-seed0")
     ts.main([*world, "--steps", "2"])
     before = contents(name)
-    assert f"{name} holds config.json: name another by --out" in refused(world, capsys)
+    assert f"{name} holds config.json: name another by --out" in refused(world)
     assert contents(name) == before
     ts.main([*world, "--resume"])
     assert metrics(name) == metrics(whole)
@@ -321,28 +308,24 @@ def test_default_names_never_meet(world, whole, tmp_path, monkeypatch, capsys):
     ts.main(evaluate)
     made = contents(tmp_path).keys() - before.keys()
     assert made == {tmp_path / "runs" / "eval" / "eval.jsonl"}
-    assert "eval.jsonl" in refused(evaluate, capsys)
+    assert "eval.jsonl" in refused(evaluate)
 
 
 def test_two_processes_never_take_one_folder(tmp_path, monkeypatch):
     """The second looks while the first one is still loading, and when both looked before either
     wrote."""
-    with runs.claimed_folder(tmp_path / "a"):
-        for patch in (
-            lambda: None,
-            lambda: monkeypatch.setattr(Path, "exists", lambda self: False),
-        ):
-            patch()
+    with runs.claimed_folder(tmp_path / "a"), monkeypatch.context() as patch:
+        for _ in range(2):
             with pytest.raises(ts.UserError), runs.claimed_folder(tmp_path / "a"):
                 pass
-    monkeypatch.undo()
+            patch.setattr(Path, "exists", lambda self: False)
     assert (tmp_path / "a" / "config.json").exists()
     with contextlib.suppress(ZeroDivisionError), runs.claimed_folder(tmp_path / "b" / "c"):
         raise ZeroDivisionError  # what failed is taken back
     assert not (tmp_path / "b").exists()
 
 
-def test_a_checkpoint_says_itself_what_it_was_made_with(world, copied, capsys):
+def test_a_checkpoint_says_itself_what_it_was_made_with(world, copied, refused):
     """Not config.json beside it, which may be another run's. Versions and device are written and
     are no settings; nor is what has come since, or gone."""
     config = json.loads((copied / "config.json").read_text())
@@ -357,29 +340,29 @@ def test_a_checkpoint_says_itself_what_it_was_made_with(world, copied, capsys):
     ts.main(argv)
     expected = config | dict(resume=True, out=str(copied))
     assert json.loads((copied / "config.json").read_text()) == expected
-    assert "clip_dual 3.0 -> 4.0" in refused([*argv, "--clip-dual", "4"], capsys)
+    assert "clip_dual 3.0 -> 4.0" in refused([*argv, "--clip-dual", "4"])
 
 
 def test_an_unwritable_folder_is_refused_before_any_work(
-    world, copied, tmp_path, capsys, nothing_is_loaded
+    world, copied, tmp_path, refused, nothing_is_loaded
 ):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     before = contents(tmp_path)
-    assert "too long" in refused([*world, "--out", "a" * 300], capsys)
+    assert "too long" in refused([*world, "--out", "a" * 300])
     for special in (os.devnull, tmp_path / "link", tmp_path / "file", tmp_path / "file" / "run"):
-        assert str(special) in refused([*world, "--out", str(special)], capsys)
-        assert str(special) in refused([*world, "--eval-only", "--out", str(special)], capsys)
+        assert str(special) in refused([*world, "--out", str(special)])
+        assert str(special) in refused([*world, "--eval-only", "--out", str(special)])
     if os.path.isdir("/proc"):
-        assert "/proc/run" in refused([*world, "--out", "/proc/run"], capsys)
+        assert "/proc/run" in refused([*world, "--out", "/proc/run"])
     assert contents(tmp_path) == before
     (copied / "config.json").unlink()
     (copied / "config.json").mkdir()  # stands in for a file system that is read-only
-    assert "directory" in refused([*world, "--out", str(copied), "--resume"], capsys).lower()
+    assert "directory" in refused([*world, "--out", str(copied), "--resume"]).lower()
 
 
 def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
-    world, whole, tmp_path, capsys, monkeypatch
+    world, whole, tmp_path, refused, monkeypatch
 ):
     """A limit on file sizes stands in for the disk: the second save hits it, then metrics.jsonl."""
     resource = pytest.importorskip("resource")
@@ -390,14 +373,14 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(
     before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         monkeypatch.setattr(ts.Trainer, "save", tight)
-        assert "the last one is whole" in refused([*world, "--out", str(out)], capsys)
+        assert "the last one is whole" in refused([*world, "--out", str(out)])
         assert len(runs.read_record(out)["history"]) == 2
         limit(limits[0])
         monkeypatch.setattr(ts.Trainer, "save", save)
         size = len(runs.as_lines(runs.read_record(out)["history"]))
         monkeypatch.setattr(ts.Trainer, "step", lambda self: (step(self), limit(size + 9))[0])
         resume = ["--out", str(out), "--resume"]
-        assert "the last checkpoint is whole" in refused(resume, capsys)
+        assert "the last checkpoint is whole" in refused(resume)
     finally:
         limit(limits[0])
         signal.signal(signal.SIGXFSZ, before)
@@ -441,33 +424,24 @@ def test_metrics_are_strict_json_and_hold_only_what_was_measured(world, tmp_path
     assert len(metrics(out)) == 4
 
 
-class FakeTracker:
-    def __init__(self):
-        self.begun, self.lines = [], []
-
-    def init(self, **settings):
-        self.begun.append(settings)
-
-    def log(self, line, step):
-        self.lines.append((step, line))
-
-
 def test_a_tracker_gets_every_line(world, tmp_path, monkeypatch):
-    tracker, out = FakeTracker(), tmp_path / "a"
+    begun, lines, out = [], [], tmp_path / "a"
+    log = lambda line, step: lines.append((step, line))
+    tracker = SimpleNamespace(init=lambda **settings: begun.append(settings), log=log)
     monkeypatch.setitem(sys.modules, "wandb", tracker)
     ts.main([*world, "--out", str(out), "--steps", "2", "--report-to", "wandb"])
-    assert [line for _, line in tracker.lines] == metrics(out)
-    assert tracker.begun[0]["name"] == "a" and tracker.begun[0]["config"]["gamma"] == 0.02
+    assert [line for _, line in lines] == metrics(out)
+    assert begun[0]["name"] == "a" and begun[0]["config"]["gamma"] == 0.02
     ts.main(["--out", str(out), "--steps", "3", "--resume"])
-    assert [step for step, _ in tracker.lines] == [0, 1, 2, 3]
+    assert [step for step, _ in lines] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_tracker_is_named_before_any_work(
-    name, world, tmp_path, monkeypatch, capsys, nothing_is_loaded
+    name, world, tmp_path, monkeypatch, refused, nothing_is_loaded
 ):
     monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     argv = [*world, "--report-to", name, "--out", str(tmp_path / "a")]
-    assert f"pip install {name}" in refused(argv, capsys)
+    assert f"pip install {name}" in refused(argv)
     assert not (tmp_path / "a").exists()

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import SPECIAL_TOKENS, shift_logits, two_prompts
+from conftest import SPECIAL_TOKENS, seeded, shift_logits, two_prompts
 from torch.nn.utils.rnn import pad_sequence
 
 import papo
@@ -19,8 +19,7 @@ ORDINARY = 145  # a token that these models like
 
 def sample(model, processor, *sizes, seed=0, prompts=None, **options):
     prompts = two_prompts(processor) if prompts is None else prompts
-    generator = torch.Generator().manual_seed(seed)
-    return sample_groups(model, processor, prompts, *sizes, generator=generator, **options)
+    return sample_groups(model, processor, prompts, *sizes, generator=seeded(seed), **options)
 
 
 def flat(groups):
@@ -33,30 +32,27 @@ def greedy_by_generate(model, processor, prompts, n, **options):
     pad_left = lambda rows, value: pad_sequence(rows, True, value, padding_side="left")
     ids, images = pad_left(rows, pad), ("pixel_values", "image_grid_thw")
     seen = pad_left([torch.ones_like(row) for row in rows], 0)
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=seen,
-        mm_token_type_ids=(ids == processor.image_token_id).int(),
-        do_sample=False,
-        max_new_tokens=n,
-        suppress_tokens=VISION,
-        **{name: torch.cat([p[name] for p in prompts]) for name in images},
-        **options,
-    )
+    options |= dict(do_sample=False, max_new_tokens=n, suppress_tokens=VISION)
+    options |= {name: torch.cat([p[name] for p in prompts]) for name in images}
+    types = (ids == processor.image_token_id).int()
+    out = model.generate(input_ids=ids, attention_mask=seen, mm_token_type_ids=types, **options)
     return out[:, ids.shape[1] :].tolist()
 
 
 @pytest.mark.parametrize("end_bias", [0.0, 4.0])  # 4: some rows end early
 def test_greedy_equals_generate(vlm, end_bias):
     """temperature 0, a left-padded batch of prompts and images of different sizes: token for token
-    model.generate, and nothing depends on the batch."""
+    model.generate, and nothing depends on the batch, or on who runs the vision tower."""
     model, processor = vlm
     prompts = two_prompts(processor)
     shift_logits(model, {EOS: end_bias})
     expected = greedy_by_generate(model, processor, prompts, 24)
     groups = sample(model, processor, 2, 24, temperature=0)
     alone = [sample(model, processor, 2, 24, prompts=[p], temperature=0)[0] for p in prompts]
-    assert [len(group) for group in groups] == [2, 2] and flat(groups) == flat(alone)
+    encoded = [papo.encode_image(model, prompt) for prompt in prompts]  # as of a frozen tower
+    by_features = sample(model, processor, 2, 24, prompts=encoded, temperature=0)
+    assert [len(group) for group in groups] == [2, 2]
+    assert flat(groups) == flat(alone) == flat(by_features)
     for group, row in zip(groups, expected):
         for response in group:
             assert response.dtype == torch.long and response.dim() == 1
@@ -174,8 +170,7 @@ def test_sampling_stops_when_all_have_ended(one_vlm, monkeypatch):
     sizes = []
     fake = lambda logits, *_: torch.where(torch.arange(len(logits)) == 0, EOS, 9)  # the first ends
     monkeypatch.setattr(papo, "sample_token", fake)
-    count = lambda module, args: sizes.append(len(args[0]))
-    hook = model.register_forward_pre_hook(count)
+    hook = model.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
     groups = sample(model, processor, 2, 50)
     hook.remove()
     assert [len(o) for o in flat(groups)] == [1, 2, 3, 4] and sizes == [2, 3, 2, 1]
@@ -183,17 +178,9 @@ def test_sampling_stops_when_all_have_ended(one_vlm, monkeypatch):
         sample(model, processor, 2, 8, prompts=[])
 
 
-def test_sampling_with_image_features(vlm):
-    """Prompts with a frozen tower's features (encode_image), several in a batch: same responses."""
-    model, processor = vlm
-    encoded = [papo.encode_image(model, prompt) for prompt in two_prompts(processor)]
-    draw = lambda prompts, t: flat(sample(model, processor, 2, 8, prompts=prompts, temperature=t))
-    assert draw(None, 0) == draw(encoded, 0) and draw(None, 1.0) == draw(encoded, 1.0)
-
-
 def test_training_mode_and_checkpointing(vlm):
-    """Under train() there may be dropout, and no KV cache in a gradient-checkpointed layer: sampling
-    happens in eval() and then restores the mode."""
+    """Under train() there may be dropout, and no KV cache in a gradient-checkpointed layer:
+    sampling happens in eval() and then restores the mode."""
     model, processor = vlm
     drop = lambda head, inputs, logits: F.dropout(logits, 0.9, training=head.training)
     model.get_output_embeddings().register_forward_hook(drop)
@@ -217,8 +204,7 @@ def test_sample_token_frequencies(temperature, top_p):
     for i in sorted(range(6), key=lambda i: -expected[i]):
         mass, expected[i] = mass + expected[i].item(), expected[i] if mass < top_p else 0.0
     expected /= expected.sum()
-    generator = torch.Generator().manual_seed(0)
-    tokens = sample_token(logits.expand(n, -1), temperature, top_p, generator)
+    tokens = sample_token(logits.expand(n, -1), temperature, top_p, seeded())
     found = torch.bincount(tokens, minlength=6) / n
     assert tokens.shape == (n,) and not found[expected == 0].any()
     deviation = (expected * (1 - expected) / n).sqrt()
@@ -235,11 +221,10 @@ def test_sample_token_rows_are_independent():
 
 
 def test_the_edges_of_the_mass(monkeypatch):
-    """Half the mass is on one token: at top_p = 0.5 that token alone is the smallest set that has it,
-    as in transformers. A random number of exactly 0 draws no token of probability 0."""
+    """Half the mass is on one token: at top_p = 0.5 that token alone is the smallest set that has
+    it, as in transformers. A random number of exactly 0 draws no token of probability 0."""
     logits = torch.tensor([0.5, 0.25, 0.25]).log().expand(2000, 3)
-    assert not sample_token(logits, 1.0, 0.5, torch.Generator().manual_seed(0)).any()
-    monkeypatch.setattr(
-        torch, "rand", lambda *shape, generator, **kind: torch.zeros(*shape, **kind)
-    )
+    assert not sample_token(logits, 1.0, 0.5, seeded()).any()
+    rand = lambda *shape, generator, **kind: torch.zeros(*shape, **kind)
+    monkeypatch.setattr(torch, "rand", rand)
     assert sample_token(torch.tensor([[-torch.inf, 0.0, 0.0]])).tolist() == [1]

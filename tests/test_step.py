@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import picture, random_responses, shift_logits, stock_score, two_prompts
+from conftest import picture, random_responses, seeded, shift_logits, stock_score, two_prompts
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,10 +20,6 @@ WEIGHTS = dict(gamma=0.5, beta=0.3, eta1=0.2, eta2=0.4, temperature=0.8)
 
 def pad(rows):
     return pad_sequence(list(rows), batch_first=True)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Recorder:
@@ -156,10 +152,8 @@ def test_a_gradient_that_is_not_finite_is_skipped(one_vlm, bad):
     groups, config = make_groups(model, processor), PAPOConfig(**WEIGHTS)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     step = lambda: papo_step(model, optimizer, config, groups)["skipped"]
-    bits = lambda: copy.deepcopy(
-        [*model.state_dict().values()]
-        + [x for state in optimizer.state_dict()["state"].values() for x in state.values()]
-    )
+    states = lambda: [x for state in optimizer.state.values() for x in state.values()]
+    bits = lambda: copy.deepcopy([*model.state_dict().values(), *states()])
     assert step() == 0
     before, advantages = bits(), groups[0].advantages
     groups[0].advantages = advantages * bad
@@ -277,10 +271,6 @@ ROWS = [dict(images=[picture(k, 84, 56)], problem=f"What is {k}?", answer="7") f
 SMALL = dict(group_size=2, max_new_tokens=4, prompts_per_batch=3, updates_per_batch=1)
 
 
-def small_rollout(vlm, **options):
-    return roll_out(*vlm, PAPOConfig(gamma=0, **SMALL), iter(ROWS), seeded(), **options)[0]
-
-
 @pytest.mark.parametrize(
     "is_mixed, options, kept, redraws, drawn",
     [
@@ -342,23 +332,12 @@ def test_sample_and_grade(one_vlm, monkeypatch):
         assert group.masked_prompt is group.old_logps is group.ref_logps is None
 
 
-def test_a_reward_of_ones_own_reaches_the_advantages(one_vlm):
-    """roll_out takes a function of response, answer and format_weight; given none, the rule-based
-    one grades."""
-    own = lambda text, answer, _: {"reward": sum(text.encode()) + float(answer), "accuracy": 1.0}
-    for group in small_rollout(one_vlm, reward=own):
-        rewards = [sum(text.encode()) + 7.0 for text in group.texts]
-        assert len(set(rewards)) == 2
-        assert torch.equal(group.advantages, papo.group_advantages(rewards))
-    for group in small_rollout(one_vlm):
-        assert group.scores == [papo.compute_reward(text, "7") for text in group.texts]
-
-
 def test_thinking_templates_open_the_tag_themselves(one_vlm):
     """A thinking model's prompt ends with <think>: the response continues it, and the text that is
     graded shows it."""
-    processor = one_vlm[1]
-    texts = lambda: [text for group in small_rollout(one_vlm) for text in group.texts]
+    processor, config = one_vlm[1], PAPOConfig(gamma=0, **SMALL)
+    roll = lambda: roll_out(*one_vlm, config, iter(ROWS), seeded())[0]
+    texts = lambda: [text for group in roll() for text in group.texts]
     assert not any("<think>" in text for text in texts())
     opened = processor.chat_template.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
     processor.chat_template = opened

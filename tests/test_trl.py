@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUESTIONS, picture, random_responses, shift_logits
+from conftest import QUESTIONS, gradients, lines_of, picture, random_responses, shift_logits
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 pytest.importorskip("trl", reason="needs requirements-trl.txt", exc_type=ImportError)
@@ -38,7 +38,7 @@ def pictures(i):
 
 
 def make_rows(processor):
-    """Six questions about images of different shapes, as papo_trl.fit_rows leaves them; the second
+    """Six questions about images of several shapes, as papo_trl.fit_rows leaves them; the second
     one is about two."""
     fit = lambda i: [fit_image(processor, image) for image in pictures(i)]
     problem = lambda i: "Is <image> more than <image>?" if i == 1 else QUESTIONS[i % 2]
@@ -65,19 +65,11 @@ def make_trainer(folder, config, kind=FixedSamples, per_device=None, processes=1
     """A trainer on the model saved in folder; by default all of an update in one pass."""
     share = config.prompts_per_batch * config.group_size // processes // config.updates_per_batch
     per_device = per_device or share
-    args = GRPOConfig(
-        output_dir=str(Path(folder) / "run"),
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        per_device_train_batch_size=per_device,
-        max_steps=1,
-        lr_scheduler_type="constant",
-        save_strategy="no",
-        disable_tqdm=True,
-        ddp_find_unused_parameters=False,
-        **{**trl_settings(config, per_device, processes), **settings},
-    )
+    plain = dict(use_cpu=True, bf16=False, gradient_checkpointing=False, disable_tqdm=True)
+    plain |= dict(max_steps=1, lr_scheduler_type="constant", save_strategy="no")
+    plain |= dict(per_device_train_batch_size=per_device, ddp_find_unused_parameters=False)
+    plain |= trl_settings(config, per_device, processes)
+    args = GRPOConfig(output_dir=str(Path(folder) / "run"), **plain | settings)
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     sgd = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
@@ -118,14 +110,6 @@ if __name__ == "__main__":
     sys.exit()
 
 
-@pytest.fixture
-def saved(one_vlm, tmp_path):
-    """A folder with the tiny Qwen2.5-VL and its processor."""
-    for part in one_vlm:
-        part.save_pretrained(tmp_path)
-    return tmp_path
-
-
 def sampled_batch(trainer):
     """(inputs, batch): the first three questions, four responses each, in the order of the rows,
     and pi_old and pi_ref somewhat off."""
@@ -136,23 +120,15 @@ def sampled_batch(trainer):
     with torch.no_grad():
         logps, _ = trainer.score(trainer.model, batch, batch["pixel_values"], 0)
     for name in ("old", "ref"):
-        batch[f"{name}_per_token_logps"] = logps + 0.3 * torch.randn(
-            logps.shape, generator=generator
-        )
+        noise = torch.randn(logps.shape, generator=generator)
+        batch[f"{name}_per_token_logps"] = logps + 0.3 * noise
     return rows, batch
 
 
 def responses_of(batch):
     """The batch's responses without padding: LongTensors (<= T,)"""
-    return [
-        ids[:n] for ids, n in zip(batch["completion_ids"], batch["completion_mask"].sum(1).tolist())
-    ]
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    lengths = batch["completion_mask"].sum(1).tolist()
+    return [ids[:n] for ids, n in zip(batch["completion_ids"], lengths)]
 
 
 def assert_same(a, b, tolerance):
@@ -191,28 +167,25 @@ def papo_reference(trainer, rows, batch):
 @pytest.mark.parametrize("estimate", ["exact", "sampled"])
 @pytest.mark.parametrize("masked_grad", ["detached", "entropy", "full"])
 @pytest.mark.parametrize("aggregation", ["sequence", "token"])
-def test_loss_and_gradient_are_papos(saved, aggregation, masked_grad, estimate):
+def test_loss_and_gradient_are_papos(folder, aggregation, masked_grad, estimate):
     """Two ways to the same numbers: TRL scores padded rows one by one, papo.py a group in one
     row."""
     weights = dict(gamma=0.5, beta=0.2, eta1=0.3, eta2=0.4, temperature=0.8)
     modes = dict(aggregation=aggregation, masked_grad=masked_grad, entropy_estimate=estimate)
     config = PAPOConfig(**weights, **modes, **SIZES)
-    trainer = make_trainer(saved, config)
+    trainer = make_trainer(folder, config)
     rows, batch = sampled_batch(trainer)
-    loss, expected = (
-        trainer._compute_loss(trainer.model, batch),
-        papo_reference(trainer, rows, batch),
-    )
+    loss = trainer._compute_loss(trainer.model, batch)
+    expected = papo_reference(trainer, rows, batch)
     assert abs(loss - expected) < 1e-5 * abs(expected)
     assert_same(gradients(trainer.model, loss), gradients(trainer.model, expected), 3e-5)
 
 
 @pytest.mark.parametrize("aggregation, loss_type", [("sequence", "grpo"), ("token", "dapo")])
-def test_without_papos_terms_it_is_trls_own_loss(saved, aggregation, loss_type):
-    config = PAPOConfig(
-        gamma=0.0, beta=0.2, clip_dual=float("inf"), aggregation=aggregation, **SIZES
-    )
-    trainer = make_trainer(saved, config)
+def test_without_papos_terms_it_is_trls_own_loss(folder, aggregation, loss_type):
+    modes = dict(clip_dual=float("inf"), aggregation=aggregation)
+    config = PAPOConfig(gamma=0.0, beta=0.2, **modes, **SIZES)
+    trainer = make_trainer(folder, config)
     trainer.args.use_bias_correction_kl = False
     _, batch = sampled_batch(trainer)
     assert "masked_pixels" not in batch
@@ -237,15 +210,15 @@ def launch(script, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_processes_and_accumulation_change_nothing(saved):
+def test_processes_and_accumulation_change_nothing(folder):
     """An update of 12 responses of three questions, in one pass; in three; in two processes, with a
     group in both. A mask of its own for each process, or a mean of means, would show."""
-    launch("tests/test_trl.py", saved)
-    ranks = [torch.load(saved / f"rank{rank}.pt") for rank in range(2)]
+    launch("tests/test_trl.py", folder)
+    ranks = [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
     for name in UPDATES:
-        whole, masks = train_once(saved, name, per_device=12)
+        whole, masks = train_once(folder, name, per_device=12)
         (first, masks_0), (second, masks_1) = (rank[name] for rank in ranks)
-        for change in (train_once(saved, name, per_device=4)[0], first, second):
+        for change in (train_once(folder, name, per_device=4)[0], first, second):
             assert_same(change, whole, 2e-5)
         # Six responses a process: the second group lies in both.
         assert len(masks_0.keys() & masks_1.keys()) == 1
@@ -255,11 +228,11 @@ def test_processes_and_accumulation_change_nothing(saved):
             assert all(torch.equal(pixels, copies[0]) for pixels in copies + spread)
 
 
-def test_token_average_is_exact_at_several_updates(saved):
+def test_token_average_is_exact_at_several_updates(folder):
     """TRL shuffles a batch over its updates, which then differ in tokens: each micro-batch's share
     is that in its own update."""
     config = PAPOConfig(aggregation="token", **SIZES | dict(updates_per_batch=2))
-    trainer = make_trainer(saved, config, per_device=3)
+    trainer = make_trainer(folder, config, per_device=3)
     rows = [trainer.train_dataset[i] for i in range(3) for _ in range(4)]
     trainer._prepare_inputs(rows)
     counts = [part["completion_mask"].sum().item() for part in trainer._buffered_inputs]
@@ -303,17 +276,17 @@ def test_prompts_and_pixels_are_encode_prompts(vlm, tmp_path, monkeypatch):
         assert not torch.equal(masked["pixel_values"], prompt["pixel_values"])
 
 
-def test_each_step_has_a_mask_of_its_own(saved):
-    trainer = make_trainer(saved, PAPOConfig(**SIZES))
+def test_each_step_has_a_mask_of_its_own(folder):
+    trainer = make_trainer(folder, PAPOConfig(**SIZES))
     first = trainer.masked_pixels(trainer.train_dataset[0])
     trainer.state.global_step = 1
     assert not torch.equal(first, trainer.masked_pixels(trainer.train_dataset[0]))
 
 
-def test_no_vision_token_is_sampled(saved):
+def test_no_vision_token_is_sampled(folder):
     """Even where the model likes them best; with TRL's own list, which holds one of the four, it
     would."""
-    trainer = make_trainer(saved, PAPOConfig(**SIZES), kind=PAPOTrainer)
+    trainer = make_trainer(folder, PAPOConfig(**SIZES), kind=PAPOTrainer)
     never = papo.vision_token_ids(trainer.model)
     with torch.no_grad():
         hook = shift_logits(trainer.model, dict.fromkeys(never, 100.0))
@@ -326,8 +299,8 @@ def test_no_vision_token_is_sampled(saved):
     assert not {token for response in responses for token in response} & set(never)
 
 
-def test_reward_is_compute_rewards(saved):
-    trainer, logged = make_trainer(saved, PAPOConfig(**SIZES), kind=PAPOTrainer), {}
+def test_reward_is_compute_rewards(folder):
+    trainer, logged = make_trainer(folder, PAPOConfig(**SIZES), kind=PAPOTrainer), {}
     texts = ["<think> 1 </think> \\boxed{7}", "\\boxed{7}", "7"]
     tokenizer = trainer._tokenizer
     ids = [tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] for text in texts]
@@ -365,10 +338,10 @@ def test_one_line_and_exit_code_2(argv, reason, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["eta1", "eta2"])
-def test_an_entropy_without_gradient_is_refused(saved, name):
+def test_an_entropy_without_gradient_is_refused(folder, name):
     """Versions of TRL before 1.16 compute entropies under no_grad: a weight on them would do
     nothing, silently."""
-    trainer = make_trainer(saved, PAPOConfig(**{name: 0.1}, **SIZES))
+    trainer = make_trainer(folder, PAPOConfig(**{name: 0.1}, **SIZES))
     _, batch = sampled_batch(trainer)
     trainer._compute_loss(trainer.model, batch)
     score = trainer._get_per_token_logps_and_entropies
@@ -399,15 +372,15 @@ def test_flags():
     assert (args.num_generations, args.top_p) == (5, 0.99)
 
 
-def test_rows_are_fitted_and_unusable_ones_left_out(saved, capsys):
+def test_rows_are_fitted_and_unusable_ones_left_out(folder, capsys):
     """Those of train_small.py's reading, whose own tests know more; the others keep their
     numbers."""
-    picture(0).save(saved / "a.png")
+    picture(0).save(folder / "a.png")
     row = dict(images=["a.png"], problem="<image>What?", answer="3")
     rows = [row, row | dict(images=["missing.png"]), row | dict(problem=" "), row, row]
-    path = saved / "rows.jsonl"
+    path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    argv = f"--model {saved} --dataset {path} --min-pixels 784 --use_cpu --prompts_per_batch 24"
+    argv = f"--model {folder} --dataset {path} --min-pixels 784 --use_cpu --prompts_per_batch 24"
     _, run, args = papo_trl.parse_args([*argv.split(), "--eval_size", "1"])
     _, processor = papo_trl.load_model(run, args)
     rows, held_out = papo_trl.load_rows(run, args, processor)
@@ -418,7 +391,7 @@ def test_rows_are_fitted_and_unusable_ones_left_out(saved, capsys):
         assert f"skipped 1 rows: {reason}\n" in said
     path.write_text(json.dumps(row))
     with pytest.raises(SystemExit):
-        papo_trl.main([*argv.split(), "--out", str(saved / "run")])
+        papo_trl.main([*argv.split(), "--out", str(folder / "run")])
     assert "1 usable rows, at least 2 are needed" in capsys.readouterr().err
 
 
@@ -440,7 +413,7 @@ def test_two_processes_train_and_train_small_evaluates(warm_start, tmp_path, cap
         AutoModelForImageTextToText.from_pretrained(tmp_path / name)
     argv = f"--eval-only --model {tmp_path / 'checkpoint'} --eval_size 24 --out {tmp_path / 'e'}"
     train_small.main(argv.split())
-    lines = [json.loads(line) for line in (tmp_path / "e" / "eval.jsonl").read_text().splitlines()]
+    lines = lines_of(tmp_path / "e" / "eval.jsonl")
     again = sum(line["accuracy"] for line in lines) / len(lines)
     assert len(lines) == 24
     # 192 samples each of the same policy: four deviations of the difference.
@@ -451,17 +424,14 @@ def test_two_processes_train_and_train_small_evaluates(warm_start, tmp_path, cap
 def test_training_is_train_smalls():
     """Three seeds of the embedded world end within the spread of train_small.py's eight, and
     study/trl.png shows both. `pytest -m big -k train_smalls`; runs/trl-seedN are not repeated."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    accuracy = lambda lines, per: [
-        (line["step"] / per, line["eval_accuracy"]) for line in lines if "eval_accuracy" in line
-    ]
-    small, trl = [], []
-    for path in sorted((ROOT / "study" / "runs").glob("papo-g-seed*.jsonl.gz")):
-        small.append(accuracy(map(json.loads, gzip.open(path, "rt")), 1))
+    plt.switch_backend("Agg")
+    measured = lambda lines: [line for line in lines if "eval_accuracy" in line]
+    accuracy = lambda lines, per: [(x["step"] / per, x["eval_accuracy"]) for x in measured(lines)]
+    kept = sorted((ROOT / "study" / "runs").glob("papo-g-seed*.jsonl.gz"))
+    small = [accuracy(map(json.loads, gzip.open(path, "rt")), 1) for path in kept]
+    trl = []
     for seed in range(3):
         out = ROOT / "runs" / f"trl-seed{seed}"
         if not (out / "checkpoint-80").exists():
