@@ -155,7 +155,7 @@ def test_activations_are_about_what_autograd_saves(checkpointing):
     assert hidden.requires_grad and 0.85 < sum(kept) / expected < 1.0
 
 
-def test_a_masked_pass_that_trains_keeps_a_second_graph():
+def test_a_masked_pass_that_trains_keeps_a_second_graph(estimate):
     size = lambda flags: estimate("3b", f"--gpu-memory 48 {flags}")["activations"]
     one, two = size("--gamma 0.1"), size("--gamma 0.1 --masked-grad full")
     assert two > 1.1 * one and size("--gamma 0 --masked-grad full") == one
