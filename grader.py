@@ -2,7 +2,7 @@ r"""Do two answers mean the same? answers_match(given, expected). PAPO is unders
 
     tidy              both in one spelling
     same_by_rule      numbers, units, letters: exact, in microseconds; where it does not know,
-    questions         once more for each piece between commas and the like, which leaves some to
+    questions         the same for each piece between commas and the like; what stays open:
     same_by_algebra   math-verify, in a child process that a hostile answer may hang or kill
 
 A bare list of numbers is a set, as roots are: 1, 5 is 5, 1. Order counts in (1, 5) and [1, 5] and
@@ -20,7 +20,7 @@ from fractions import Fraction
 from unicodedata import category, decomposition, normalize
 
 GRADE_TIMEOUT = 3.0  # seconds math-verify gets for one answer, about a hundred times what it needs
-MAX_ANSWER_CHARS = 1000  # a longer answer is right only if it is the very same string: bounds work
+MAX_ANSWER_CHARS = 1000  # a longer answer is right only if, tidied, it is the same: bounds work
 
 # The wrappings of other data sets: #### 72 -> 72; <think>2</think> <answer>3</answer> -> 3
 WRAPPINGS = ("</think>", "\0"), ("<answer>", "</answer>"), ("####", "\n"), (r"\boxed{", "}")
@@ -199,7 +199,7 @@ def same_by_algebra(pairs: list[tuple[str, str]]) -> bool:
 
 
 def split(text: str, separators: str) -> tuple[list[str], str]:
-    """What lies between `separators` outside of brackets, and those; [] if brackets mismatch."""
+    """What lies between `separators` outside of brackets, and which; [] if brackets mismatch."""
     pieces, found, depth = [""], "", 0
     for token in re.findall(r"\d{1,3}(?:,\d{3})+(?!\d)|.", text):
         depth += depth >= 0 and (token in "([{") - (token in ")]}")

@@ -58,7 +58,7 @@ WORDS
                 reads the visual tokens where the prompt says <|image_pad|>
     processor   a VLM's tokenizer, chat template and preparation of images in one
     GRPO, DAPO  policy gradient with the group's mean reward as baseline [3]; the same with one
-                average over all tokens, a higher upper clip, and only groups of mixed results [4]
+                average over all tokens, a clip wider above, and only groups of mixed results [4]
     on-policy   the responses come from the very policy that is differentiated, so r = 1. So it is
                 in a batch's first update; in the later ones r moves, and the clip acts
     nat         unit of log-probabilities with the natural logarithm; 1 nat = a factor of 2.7
@@ -171,7 +171,7 @@ def kl_k3(logps, other_logps):
     estimate of KL[pi || pi_other] from tokens of pi.   ([2], after [5]; [1] inverts x: biased)
 
     (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x; 0 where the cap of 10 acts, at
-    x > 13.6 or x < e^-11. At fixed tokens of pi, where E[grad log pi] = 0, k3's expected gradient
+    x > 13.6 or x < e^-11. With the tokens held fixed E[grad log pi] = 0, so k3's expected gradient
     is -E[x grad log pi], which is that of KL[pi_other || pi], the other direction: maximising k3,
     as papo_loss does for the perception KL, moves pi away from where the other policy has mass. A
     token that the other policy likes half as much, and one it likes as much:
@@ -420,7 +420,7 @@ def sample_groups(
     seen = F.pad(seen, (0, max_new_tokens), value=1)  # (n, L), L = P + max_new_tokens
     seen = seen.repeat_interleave(group_size, 0)  # (B, L)
     bias = attention_bias(seen[:, None, None].bool(), model.dtype)  # (B, 1, 1, L)
-    rows = torch.arange(len(bias), device=device)  # (B,) whose responses these are
+    rows = torch.arange(len(bias), device=device)  # (B,) which responses these are
     tokens = torch.full((len(bias), max_new_tokens), -1, device=device)  # (n * G, max), -1: none
     ends = torch.tensor(end_tokens(model, processor), device=device)  # (end tokens,)
     never = torch.tensor(vision_token_ids(model), device=device)  # (4,)
@@ -601,8 +601,8 @@ def roll_out(model, processor, config, rows, generator, reward=compute_reward):
     """Fill a rollout batch with groups. rows: an iterator over data set rows that does not run dry.
     generator: on the CPU. reward: see compute_reward.
 
-    With dynamic_sampling (DAPO) only mixed groups are kept and the missing ones redrawn, at most
-    max_redraws times; then the batch stays short. Returns the groups and the number of redraws."""
+    With dynamic_sampling (DAPO) only mixed groups are kept, and the missing ones drawn from new
+    rows, at most max_redraws times; then the batch stays short. Returns groups, and how often."""
     # Two generators of their own, so that masking does not change what is sampled.
     seeds = torch.randint(2**62, (2,), generator=generator).tolist()
     sampling = torch.Generator(model.device).manual_seed(seeds[0])
@@ -638,10 +638,10 @@ def split_group(config, prompt, responses, model) -> list[slice]:
     """Cut a group's responses into runs; each becomes a row with the prompt, of tokens_per_forward
     at most. A response too long for that is a run of its own.
 
-    A row costs L^2 attention scores, mostly between responses that do not see each other; and its
-    prompt, its image and an overhead worth 500 tokens (measured on a CPU), once. It is closed where
-    one more response would raise its cost per response: behind the shortest prompt of the embedded
-    world, of 13 tokens, after 3 responses of 160 tokens, or after 18 responses of 30."""
+    A row costs L^2 attention scores, mostly between responses that do not see each other. Prompt,
+    image and an overhead worth 500 tokens (measured on a CPU) it pays once, however many responses
+    share it. It is closed where one more would raise the cost per response: in the embedded world,
+    behind a prompt of 13 tokens, after 3 responses of 160 tokens, or 18 of 30 tokens."""
     P, layers = prompt["input_ids"].shape[1], model.model.language_model.layers
     weights = lambda part: sum(p.numel() for p in part.parameters())
     image = weights(model.model.visual) * len(prompt.get("pixel_values", ()))
@@ -769,7 +769,7 @@ class PAPOConfig:
     gated: bool = option(
         False,
         "ours: pay the perception KL only in responses of positive advantage, for tokens that the "
-        "image makes likelier; bears about ten times the ungated gamma",
+        "image makes likelier; bears ten times the ungated gamma and more",
     )
     masked_grad: Literal["detached", "entropy", "full"] = option(
         None,
@@ -785,7 +785,7 @@ class PAPOConfig:
     temperature: float = option(1.0, "sampling temperature, also used when scoring; typical 1.0")
     top_p: float = option(1.0, "nucleus sampling: the likeliest tokens up to this mass")
     format_weight: float = option(0.1, "share of the reward that is for format, not for accuracy")
-    dynamic_sampling: bool = option(False, "redraw groups all right or all wrong (DAPO, PAPO-D)")
+    dynamic_sampling: bool = option(False, "replace groups all right or all wrong (DAPO, PAPO-D)")
     max_redraws: int = option(20, "with dynamic sampling, redraws before training on what there is")
     max_new_tokens: int = option(2048, "longest response, in tokens")
     prompts_per_batch: int = option(384, "questions per rollout batch")

@@ -1,7 +1,7 @@
 """PAPO on more than one GPU: papo.py's objective in TRL's trainer, by `torchrun papo_trl.py`.
 
 TRL brings processes, sharding, sampling (its own or vLLM's), the reference policy, optimizer, logs,
-checkpoints. Flags are train_small.py's and TRL's. `torchrun --nproc_per_node 2 papo_trl.py`
+checkpoints. Flags are PAPOConfig's, RunFlags' and TRL's. `torchrun --nproc_per_node 2 papo_trl.py`
 trains the embedded world on two processes.
 """
 
@@ -49,7 +49,7 @@ class PAPOTrainer(GRPOTrainer):
         return batch
 
     def masked_pixels(self, row):
-        """(patches, channels x time x patch^2). Seeded by step and row: a group's are one."""
+        """(patches, channels x time x patch^2). Seeded by step and row: one mask for a group."""
         seed = random.Random(f"{self.args.seed} {self.state.global_step} {row['row']}")
         generator = torch.Generator().manual_seed(seed.getrandbits(63))
         settings = self.papo.mask_ratio, self.papo.patch_size, generator
@@ -107,7 +107,7 @@ class PAPOTrainer(GRPOTrainer):
 
     def score(self, model, inputs, pixels, weight):
         """Log-probs and exact entropies of responses, (B, T) each; None for sampled entropies.
-        weight: the entropy's in the loss."""
+        weight: the entropy's in the loss, which needs its gradient."""
         images = ("image_grid_thw", "num_images", "mm_token_type_ids")
         logps, entropy, _ = self._get_per_token_logps_and_entropies(
             model,
@@ -193,7 +193,7 @@ class RunFlags(DataConfig):
     preset: str = option(None, "a published recipe: papo-g-3b, papo-g-7b, papo-g-no-ref, grpo")
     model: str = option(None, "hub name or folder of a Qwen-VL; without: the embedded world's")
     digits: int = option(4, "embedded world: handwritten digits per image, 1 to 9")
-    steps: int = option(None, "rollout batches; without: 40, with --dataset --num_train_epochs 2")
+    steps: int = option(None, "rollout batches; by default 40, on a data set num_train_epochs, 2")
     eval_every: int = option(10, "steps between evaluations, group_size answers to each question")
     save_every: int = option(10, "steps between checkpoints")
     out: str = option("runs/papo_trl", "folder of the run")

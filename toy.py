@@ -1,19 +1,19 @@
 """The embedded world: questions about handwritten digits, and a tiny Qwen2.5-VL that can see but
 has learned to guess.
 
-Everything the trainer needs to run offline, on two CPU cores, without a download:
+Everything the trainer needs to run offline, on a CPU core, without a download:
 
 - `toy_dataset`    questions about real handwritten digits (the UCI set scikit-learn ships), in the
                    real data sets' columns
 - `toy_processor`  a real `Qwen2_5_VLProcessor` over a byte-level BPE trained on the spot
 - `toy_model`      a real `Qwen2_5_VLForConditionalGeneration` of about 0.6 M parameters
 - `warm_start`     that model after supervised training: phase 1 teaches it to see and to add; phase
-                   2 shows it traces whose digits are mostly invented, so that it keeps the ability
-                   to look but prefers to guess
+                   2 shows it traces whose digits are more and more often invented, so that it keeps
+                   the ability to look but prefers to guess
 - `error_type`     which of the paper's four kinds of error a wrong response shows
 
 Two tasks ask about the same pictures: the sum of the digits (the default), and the largest of them,
-which is often right by luck, as a wrong digit seldom is the largest.
+which is often right by luck, as the misread digit seldom is it.
 
 A response reads `<think> I see 3 0 9 4. 3 + 0 = 3, 3 + 9 = 12, 12 + 4 = 16. </think> \\boxed{16}`:
 the digits are perception, the operands reasoning, the results calculation, the box consistency, so
@@ -426,7 +426,7 @@ def _tree(code) -> str:
 
 
 def _cache_key(processor, model, digits: int, seed: int, recipe: WarmStart) -> str:
-    """A hash over everything that shapes the weights: values, and code wherever it stands."""
+    """A hash over everything that shapes the weights: values, and code without its place."""
     code = [_digit_pool, _question, _solve, _trace, _stated, toy_processor, toy_model]
     code += [_images, _prompt_shell, _prompt_texts, _make_batch, _supervise, rope_positions]
     parts = [
@@ -463,7 +463,7 @@ def _load_cached(path: Path, key: str, model) -> bool:
 def warm_start(digits=4, seed=0, cache_dir=None, recipe=WarmStart(), task="sum"):
     """The tiny model after supervised training, and its processor; trained once, then read from the
     cache: `cache_dir`, else $PAPO_CACHE, else ~/.cache/papo-toy. A file that is damaged, or made
-    for anything else, is built anew. It trains on the CPU, so that all machines start alike."""
+    for anything else, is built anew. It trains on the CPU: so it starts alike beside any GPU."""
     _check(digits, task)
     processor = toy_processor(task)
     model = toy_model(processor, seed)
