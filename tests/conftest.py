@@ -1,6 +1,6 @@
 """The tests' small world: tiny random Qwen-VL models of three generations, each with a real
-transformers processor over a byte-level BPE trained on the spot, and the stock way to score a
-response, against which papo.py is held."""
+transformers processor and toy.py's tokenizer, runs of train_small.py on one of them, and the stock
+way to score a response, against which papo.py is held."""
 
 import functools
 import json
@@ -20,10 +20,11 @@ import pytest
 import torch
 import transformers
 from filelock import FileLock
-from PIL import Image, ImageDraw
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from PIL import Image
 
 import papo
+import toy
+from toy import SPECIAL_TOKENS
 
 torch.set_num_threads(1)
 
@@ -45,8 +46,6 @@ def pytest_collection_finish(session):
 
 
 def cached_warm_start():
-    import toy
-
     folder = Path(os.environ.get("PAPO_CACHE") or Path.home() / ".cache" / "papo-toy")
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "tests.lock"):
@@ -59,42 +58,12 @@ def warm_start():
     return cached_warm_start()
 
 
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"]
-SPECIAL_TOKENS += ["<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for c in m['content'] %}"
-    "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 QUESTIONS = ["<image>What is shown here?", "Look at this: <image> How many dots do you see in it?"]
 ARCHITECTURES = {  # name: model, processor, video processor, patch size
     "qwen2_vl": ("Qwen2VL", "Qwen2VL", "Qwen2VL", 14),
     "qwen2_5_vl": ("Qwen2_5_VL", "Qwen2_5_VL", "Qwen2VL", 14),
     "qwen3_vl": ("Qwen3VL", "Qwen3VL", "Qwen3VL", 16),
 }
-
-
-def make_tokenizer():
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    corpus = [q.replace("<image>", "") + papo.PROMPT_SUFFIX for q in QUESTIONS]
-    trainer = trainers.BpeTrainer(
-        vocab_size=330,
-        special_tokens=SPECIAL_TOKENS,
-        show_progress=False,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-    )
-    bpe.train_from_iterator((corpus + ["user\n", "assistant\n"]) * 9, trainer)
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        padding_side="left",
-        additional_special_tokens=SPECIAL_TOKENS[1:2] + SPECIAL_TOKENS[3:],
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def make_processor(architecture):
@@ -104,7 +73,7 @@ def make_processor(architecture):
     images = transformers.Qwen2VLImageProcessor(patch_size=patch, merge_size=2, size=size)
     videos = getattr(transformers, f"{video}VideoProcessor")(patch_size=patch, merge_size=2)
     build = getattr(transformers, f"{processor}Processor")
-    return build(images, make_tokenizer(), videos, chat_template=CHAT_TEMPLATE)
+    return build(images, toy.toy_processor().tokenizer, videos, chat_template=toy.CHAT_TEMPLATE)
 
 
 def make_model(architecture, processor, vision_sizes=(), **text_sizes):
@@ -229,19 +198,10 @@ def folder(one_folder, tmp_path):
     return Path(shutil.copytree(one_folder, tmp_path / "model"))
 
 
-def dots(count):
-    """A drawn question: so many dots on grey."""
-    image = Image.new("RGB", (84, 84), (90, 90, 90))
-    for i in range(count):
-        x, y = 5 + 26 * (i % 3), 5 + 26 * (i // 3)
-        ImageDraw.Draw(image).ellipse((x, y, x + 20, y + 20), (250, 200, 40))
-    return image
-
-
 def write_dots(path, counts):
-    """Drawn questions in the columns of the published data sets."""
+    """Questions about pictures in the columns of the published data sets."""
     ask = lambda n: "<image>How many dots?" if n % 2 else "How many dots?"
-    rows = [{"images": [dots(n)], "problem": ask(n), "answer": str(n)} for n in counts]
+    rows = [{"images": [picture(n, 84, 84)], "problem": ask(n), "answer": str(n)} for n in counts]
     text, images = datasets.Value("string"), datasets.List(datasets.Image())
     features = datasets.Features(images=images, problem=text, answer=text)
     datasets.Dataset.from_list(rows, features=features).to_parquet(path)

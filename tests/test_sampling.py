@@ -39,7 +39,7 @@ def greedy_by_generate(model, processor, prompts, n, **options):
     return out[:, ids.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("end_bias", [0.0, 4.0])  # 4: some rows end early
+@pytest.mark.parametrize("end_bias", [0.0, 3.0])  # 3: some rows end early
 def test_greedy_equals_generate(vlm, end_bias):
     """temperature 0, a left-padded batch of prompts and images of different sizes: token for token
     model.generate, and nothing depends on the batch, or on who runs the vision tower."""
@@ -78,7 +78,9 @@ def test_sampled_logits_are_the_scored_policy(vlm, temperature, monkeypatch):
 
     monkeypatch.setattr(papo, "sample_token", spy)
     # Vision tokens, never drawn but part of the scored softmax, are made impossible for both.
-    shift_logits(model, {**dict.fromkeys(VISION, -1e4), EOS: 6.0})
+    # The bias towards the end, which the small Qwen3 likes least, ends all at different times.
+    bias = 7.5 if model.config.model_type == "qwen3_vl" else 5.0
+    shift_logits(model, {**dict.fromkeys(VISION, -1e4), EOS: bias})
     groups = sample(model, processor, 6, 16, temperature=temperature)
     with torch.no_grad():
         scored = [group_logps(model, *pair, temperature)[0] for pair in zip(prompts, groups)]
