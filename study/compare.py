@@ -38,6 +38,7 @@ LADDERS = {  # from the weakest to the strongest; of a share of tokens the small
     "vepo": (0.8, 0.6, 0.4, 0.2, 0.1),
     "dapo-push": (1, 3, 10, 30, 100),
 }
+CHOSEN = {"dvrp": 0.3}  # of the ladders that are climbed, where it is not the authors'
 HARM = 5  # points below DAPO at the end, from which on a weight counts as harmful
 ARMS = {name: (8, "dapo dapo-push", flags) for name, flags in FLAGS.items()}
 ARMS |= {  # the second world
@@ -45,6 +46,7 @@ ARMS |= {  # the second world
     for name, flags in {"dapo": "--algorithm=dapo", **FLAGS}.items()
 }
 ARMS["choose-dapo"] = 2, "choose-dapo", "--algorithm=dapo"
+ARMS |= {f"{name}@{weight}": ARMS[name] for name, weight in CHOSEN.items()}
 for method, weights in LADDERS.items():
     ARMS |= {f"choose-{method}@{w}": (2, "choose-dapo", FLAGS[method]) for w in weights}
 NAMES = {  # the arms that are compared, in words
@@ -58,6 +60,7 @@ NAMES = {  # the arms that are compared, in words
     "pgpo-black": "PGPO, black image",
     "vgpo": "VGPO",
     "dvrp": "DVRP",
+    "dvrp@0.3": "DVRP, weight 0.3",
     "vepo": "VEPO",
     "dapo-push": "push, on DAPO",
     "dapo-eta1": "eta1 0.05, on DAPO",
@@ -173,16 +176,15 @@ def step_costs(rounds=5):
     groups, for none is redrawn."""
     import toy
     import train_small as ts
-    from study.methods import OBJECTIVES
-    from study.reproduce import ARMS, WARM_START  # which takes its statistics from here
+    from study.reproduce import ARMS, WARM_START, own_objective  # it takes its statistics from here
 
     trainers, spent = {}, {arm: [] for arm in NAMES}
     for arm in NAMES:
         settings = ts.parse_args([*ARMS[arm][2].split(), "--dynamic_sampling=False"])
         learner = toy.warm_start(recipe=WARM_START)
         trainers[arm] = ts.Trainer(*learner, *settings, toy.toy_dataset("train", 2048))
-        if arm in OBJECTIVES:
-            trainers[arm].objective = partial(OBJECTIVES[arm], progress=0.5)
+        if own := own_objective(arm):
+            trainers[arm].objective = partial(own, progress=0.5)
     for _ in range(rounds):
         for arm, trainer in trainers.items():
             start = time.process_time()
