@@ -198,11 +198,12 @@ def test_random_numbers_are_exact():
 
 # --- hostile answers ----------------------------------------------------------------------------
 
-SHORT = 0.4  # seconds
+SHORT, ask_the_child = 0.4, grader.same_by_algebra  # seconds
 
 
 def seconds_to_refuse(*pair) -> float:
-    """How long a wrong answer takes, under a time limit of SHORT."""
+    """How long a wrong answer takes, under a time limit of SHORT, once the child has imported."""
+    ask_the_child([("2x", "x+x")])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grader, "GRADE_TIMEOUT", SHORT)
         start = time.perf_counter()
