@@ -186,11 +186,13 @@ def test_an_objective_of_ones_own(one_vlm):
     given = lambda name: torch.equal(seen[1][name], getattr(groups[0], name)[1:2, :2])
     assert given("old_logps") and given("ref_logps")
     for group in groups:
-        group.masked_prompt = group.ref_logps = None
+        group.masked_prompt = group.ref_logps = group.old_logps = None
     config = PAPOConfig(gamma=0, beta=0, entropy_estimate="sampled")
     recorded_step(model, config, groups, objective=only_right)
     missing = {name for name, x in seen[-1].items() if x is None}
     assert missing == {"ref_logps", "masked_logps", "entropy", "masked_entropy"}
+    now, old = seen[-1]["logps"], seen[-1]["old_logps"]  # on-policy: ratio 1, and a constant
+    assert torch.equal(now, old) and now.requires_grad and not old.requires_grad
 
 
 def test_score_constants(one_vlm):
