@@ -3,9 +3,11 @@
 `python -m study.compare` prints the table of the runs that are kept (methods.md); with `time` it
 first measures what a step costs, in steps.json. Each method is there with its paper's constants,
 and, as NAME@WEIGHT, with its one weight (methods.py) as chosen here: the best over the run of five,
-on the validation digits, with seeds 0 and 1. reproduce.py takes its statistics from here.
+on the validation digits of the first world, with seeds 0 and 1. reproduce.py takes its statistics
+from here.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -30,6 +32,11 @@ FLAGS = {  # Name: flags of train_small.py, the objective of that name is in met
     "dapo-push": "--algorithm=dapo",
     "dapo-eta1": "--algorithm=papo-d --gamma=0 --eta1=0.05 --eta2=0",
 }
+BASES = {  # what they are held against in every world, in the first as arms of reproduce.py
+    "dapo": "--algorithm=dapo",
+    "papo-d-gamma-0.3": "--algorithm=papo-d --gamma=0.3",
+    "papo-d-gated-10": "--algorithm=papo-d --gated=True --gamma=10",
+}
 LADDERS = {  # from the weakest to the strongest; of a share of tokens the smaller is the stronger
     "vppo": (0.8, 0.6, 0.4, 0.2, 0.1),
     "pgpo": (0.2, 0.6, 2, 6, 20),
@@ -38,15 +45,16 @@ LADDERS = {  # from the weakest to the strongest; of a share of tokens the small
     "vepo": (0.8, 0.6, 0.4, 0.2, 0.1),
     "dapo-push": (1, 3, 10, 30, 100),
 }
-CHOSEN = {"dvrp": 0.3}  # of the ladders that are climbed, where it is not the authors'
+# Where the best is not the authors': of PGPO it is.
+CHOSEN = {"vppo": 0.6, "vgpo": 1, "dvrp": 0.3, "vepo": 0.4, "dapo-push": 30}
 HARM = 5  # points below DAPO at the end, from which on a weight counts as harmful
 ARMS = {name: (8, "dapo dapo-push", flags) for name, flags in FLAGS.items()}
-ARMS |= {  # the second world
-    f"largest-{name}": (8, "largest-dapo", f"--task=largest {flags}")
-    for name, flags in {"dapo": "--algorithm=dapo", **FLAGS}.items()
-}
-ARMS["choose-dapo"] = 2, "choose-dapo", "--algorithm=dapo"
 ARMS |= {f"{name}@{weight}": ARMS[name] for name, weight in CHOSEN.items()}
+SECOND = [*BASES, "vppo@0.6", "pgpo", "vgpo@1", "dvrp@0.3", "vepo@0.4", "dapo-push", "dapo-eta1"]
+for name in SECOND:
+    flags = BASES.get(name) or FLAGS[name.partition("@")[0]]
+    ARMS["largest-" + name] = 8, "largest-dapo largest-dapo-push", f"--task=largest {flags}"
+ARMS["choose-dapo"] = 2, "choose-dapo", BASES["dapo"]
 for method, weights in LADDERS.items():
     ARMS |= {f"choose-{method}@{w}": (2, "choose-dapo", FLAGS[method]) for w in weights}
 NAMES = {  # the arms that are compared, in words
@@ -55,18 +63,24 @@ NAMES = {  # the arms that are compared, in words
     "papo-d-gamma-0.3": "PAPO-D, gamma 0.3",
     "papo-d-gated-10": "PAPO-D, gated, gamma 10",
     "vppo": "VPPO",
+    "vppo@0.6": "VPPO, weight 0.6",
     "pgpo": "PGPO",
     "pgpo-dev": "PGPO, development code",
     "pgpo-black": "PGPO, black image",
     "vgpo": "VGPO",
+    "vgpo@1": "VGPO, weight 1",
     "dvrp": "DVRP",
     "dvrp@0.3": "DVRP, weight 0.3",
     "vepo": "VEPO",
+    "vepo@0.4": "VEPO, weight 0.4",
     "dapo-push": "push, on DAPO",
+    "dapo-push@30": "push 30, on DAPO",
     "dapo-eta1": "eta1 0.05, on DAPO",
     "control-push": "push, on GRPO",
     "control-eta1": "eta1 0.05, on GRPO",
 }
+# The arms' prefix: what is asked of them.
+WORLDS = {"": "The sum of the digits", "largest-": "The largest of the digits"}
 COSTS = Path(__file__).with_name("steps.json")
 
 
@@ -110,35 +124,40 @@ def holm(values, level=0.05):
 
 
 def table(runs):
-    """Markdown: each method's paired differences from DAPO and from the push, in points with 95 %
-    intervals, * where Holm's correction of all of them leaves it; then means at the end, in %; and
-    below it the ladders."""
+    """Markdown, a table for each world: each method's paired differences from DAPO and from the
+    push, in points with 95 % intervals, * where Holm's correction of all of them, in all worlds,
+    leaves it; then means at the end, in %. Below them the ladders."""
     costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
     columns = [("dapo", "run", "accuracy"), ("dapo-push", "run", "accuracy")]
     columns += [("dapo", "end", "accuracy"), ("dapo", "end", "accuracy_high")]
     cells, chances = {}, {}
-    for arm in NAMES:
-        for base, when, measure in columns:
-            if arm != base and len(shared_seeds(runs, [arm, base])) > 1:
-                pair = scores(runs, [arm, base], when, measure)
-                gains = [a - b for a, b in zip(pair[arm], pair[base])]
-                place = arm, (base, when, measure)
-                cells[place] = "{:+.1f} ± {:.1f}".format(*interval(gains))
-                chances[place] = ttest_1samp(gains, 0).pvalue
+    for world, arm, (base, when, measure) in itertools.product(WORLDS, NAMES, columns):
+        pair = [world + arm, world + base]
+        if arm != base and len(shared_seeds(runs, pair)) > 1:
+            own, other = scores(runs, pair, when, measure).values()
+            gains = [a - b for a, b in zip(own, other)]
+            place = world + arm, (base, when, measure)
+            cells[place] = "{:+.1f} ± {:.1f}".format(*interval(gains))
+            chances[place] = ttest_1samp(gains, 0).pvalue
     kept = holm(chances)
     head = ["arm", "seeds", "over the run", "over the run: minus the push", "the end"]
     head += ["the end: high dependency", "misread", "all digits read", "lucky", "grounding"]
-    rows = [[*head, "cost of a step"], ["---"] * 11]
-    for arm in filter(runs.get, NAMES):
-        shown = [cells.get((arm, c), "") + "*" * ((arm, c) in kept) for c in columns]
-        for measure in ("error_perception", "read", "lucky", "grounding"):
-            known = all(f"eval_{measure}" in lines[-1] for lines in runs[arm].values())
-            values = scores(runs, [arm], "end", measure)[arm] if known else []
-            shown.append(f"{mean(values):.1f}" if known else "")
-        cost = f"{costs[arm]:.2f}" if arm in costs else ""
-        rows.append([NAMES[arm], str(len(runs[arm])), *shown, cost])
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    lines += ["", f"{len(chances)} comparisons, {len(kept)} survive.", "", ladder_table(runs)]
+    lines = []
+    for world, title in WORLDS.items():
+        rows = [[*head, "cost of a step"], ["---"] * 11]
+        for name in NAMES:
+            if (arm := world + name) not in runs:
+                continue
+            shown = [cells.get((arm, c), "") + "*" * ((arm, c) in kept) for c in columns]
+            for measure in ("error_perception", "read", "lucky", "grounding"):
+                known = all(f"eval_{measure}" in run[-1] for run in runs[arm].values())
+                values = scores(runs, [arm], "end", measure)[arm] if known else []
+                shown.append(f"{mean(values):.1f}" if known else "")
+            cost = costs.get(name.partition("@")[0]) if not world else None
+            cost = f"{cost:.2f}" if cost else ""
+            rows.append([NAMES[name], str(len(runs[arm])), *shown, cost])
+        lines += [title, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines += [f"{len(chances)} comparisons, {len(kept)} survive.", "", ladder_table(runs)]
     return "\n".join(lines)
 
 

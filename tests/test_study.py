@@ -82,7 +82,8 @@ def test_the_comparison_is_printed_from_the_runs():
     assert (study / "methods.md").read_text() == printed + "\n"
     final = lambda arm, seed: 100 * runs[arm][seed][-1]["eval_accuracy"]
     gain = mean(final("vppo", seed) - final("dapo", seed) for seed in runs["vppo"])
-    [cells] = [line.split(" | ") for line in printed.split("\n") if line.startswith("| VPPO |")]
+    rows = [line.split(" | ") for line in printed.split("\n") if line.startswith("| VPPO |")]
+    cells = rows[0]  # then the ladder's
     assert cells[1] == str(len(runs["vppo"])) and cells[4].startswith(f"{gain:+.1f} ±")
 
 
