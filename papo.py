@@ -171,7 +171,7 @@ def kl_k3(logps, other_logps):
     estimate of KL[pi || pi_other] from tokens of pi.   ([2], after [5]; [1] inverts x: biased)
 
     (B, T), (B, T) -> (B, T) in [0, 10]. d k3 / d log pi = 1 - x; 0 where the cap of 10 acts, at
-    x > 13.6 or x < e^-11. With the tokens held fixed E[grad log pi] = 0, so k3's expected gradient
+    x > 13.6 or x < e^-11. Sampling undifferentiated, E[grad log pi] = 0, so k3's expected gradient
     is -E[x grad log pi], which is that of KL[pi_other || pi], the other direction: maximising k3,
     as papo_loss does for the perception KL, moves pi away from where the other policy has mass. A
     token that the other policy likes half as much, and one it likes as much:
@@ -232,7 +232,7 @@ def papo_loss(
     (B,); all others (B, T). entropy, masked_entropy: exact ones from group_logps; None takes -log
     pi of the sampled tokens, as [2]. rewards and row (see Row) are not read here, but an objective
     of your own may. Returns the scalar to minimise and a dict of floats, each averaged like the
-    loss; without ref_logps or masked_logps their terms have no entry. kl_prcp is what is paid, in a
+    loss; without ref_logps or masked_logps their terms have no entry. kl_prcp is before gamma, in a
     gated run what passes the gate; the clip fractions count tokens beyond a bound, whatever the
     sign of A. A term whose weight is 0 adds nothing at all: with gamma, eta1 and eta2 at 0 this is
     GRPO to the bit. ValueError if shapes disagree or a term with a weight lacks its input."""
