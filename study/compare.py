@@ -50,8 +50,8 @@ CHOSEN = {"vppo": 0.6, "vgpo": 1, "dvrp": 0.3, "vepo": 0.4, "dapo-push": 30}
 HARM = 5  # points below DAPO at the end, from which on a weight counts as harmful
 ARMS = {name: (8, "dapo dapo-push", flags) for name, flags in FLAGS.items()}
 ARMS |= {f"{name}@{weight}": ARMS[name] for name, weight in CHOSEN.items()}
-SECOND = [*BASES, "vppo@0.6", "pgpo", "vgpo@1", "dvrp@0.3", "vepo@0.4", "dapo-push", "dapo-eta1"]
-for name in SECOND:
+best = [f"{m}@{CHOSEN[m]}" if m in CHOSEN else m for m in LADDERS if m != "dapo-push"]
+for name in [*BASES, *best, "dapo-push", "dapo-eta1"]:  # the second world
     flags = BASES.get(name) or FLAGS[name.partition("@")[0]]
     ARMS["largest-" + name] = 8, "largest-dapo largest-dapo-push", f"--task=largest {flags}"
 ARMS["choose-dapo"] = 2, "choose-dapo", BASES["dapo"]
@@ -153,9 +153,9 @@ def table(runs):
                 known = all(f"eval_{measure}" in run[-1] for run in runs[arm].values())
                 values = scores(runs, [arm], "end", measure)[arm] if known else []
                 shown.append(f"{mean(values):.1f}" if known else "")
-            cost = costs.get(name.partition("@")[0]) if not world else None
-            cost = f"{cost:.2f}" if cost else ""
-            rows.append([NAMES[name], str(len(runs[arm])), *shown, cost])
+            cost = costs.get(arm.partition("@")[0])
+            shown.append(f"{cost:.2f}" if cost else "")
+            rows.append([NAMES[name], str(len(runs[arm])), *shown])
         lines += [title, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     lines += [f"{len(chances)} comparisons, {len(kept)} survive.", "", ladder_table(runs)]
     return "\n".join(lines)
