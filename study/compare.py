@@ -34,6 +34,8 @@ FLAGS = {  # Name: flags of train_small.py, the objective of that name is in met
 }
 BASES = {  # what they are held against in every world, in the first as arms of reproduce.py
     "dapo": "--algorithm=dapo",
+    "papo-d": "--algorithm=papo-d",
+    "papo-d-entropy-only": "--algorithm=papo-d --gamma=0",
     "papo-d-gamma-0.3": "--algorithm=papo-d --gamma=0.3",
     "papo-d-gated-10": "--algorithm=papo-d --gated=True --gamma=10",
 }
@@ -47,19 +49,22 @@ LADDERS = {  # from the weakest to the strongest; of a share of tokens the small
 }
 # Where the best is not the authors': of PGPO it is.
 CHOSEN = {"vppo": 0.6, "vgpo": 1, "dvrp": 0.3, "vepo": 0.4, "dapo-push": 30}
+# 160 updates: the three best over the run, and what they are held against.
+LONGER = "dapo papo-d-entropy-only papo-d-gamma-0.3 papo-d-gated-10 dvrp@0.3 dapo-push".split()
 HARM = 5  # points below DAPO at the end, from which on a weight counts as harmful
 ARMS = {name: (8, "dapo dapo-push", flags) for name, flags in FLAGS.items()}
 ARMS |= {f"{name}@{weight}": ARMS[name] for name, weight in CHOSEN.items()}
-best = [f"{m}@{CHOSEN[m]}" if m in CHOSEN else m for m in LADDERS if m != "dapo-push"]
-for name in [*BASES, *best, "dapo-push", "dapo-eta1"]:  # the second world
-    flags = BASES.get(name) or FLAGS[name.partition("@")[0]]
+for name, flags in [*BASES.items(), *((name, ARMS[name][2]) for name in ARMS)]:  # the second world
     ARMS["largest-" + name] = 8, "largest-dapo largest-dapo-push", f"--task=largest {flags}"
+    if name in LONGER:
+        ARMS["long-" + name] = 4, "long-dapo long-dapo-push", f"--steps=80 {flags}"
 ARMS["choose-dapo"] = 2, "choose-dapo", BASES["dapo"]
 for method, weights in LADDERS.items():
     ARMS |= {f"choose-{method}@{w}": (2, "choose-dapo", FLAGS[method]) for w in weights}
 NAMES = {  # the arms that are compared, in words
     "dapo": "DAPO",
     "papo-d": "PAPO-D, gamma 0.01",
+    "papo-d-entropy-only": "PAPO-D, gamma 0",
     "papo-d-gamma-0.3": "PAPO-D, gamma 0.3",
     "papo-d-gated-10": "PAPO-D, gated, gamma 10",
     "vppo": "VPPO",
@@ -81,6 +86,7 @@ NAMES = {  # the arms that are compared, in words
 }
 # The arms' prefix: what is asked of them.
 WORLDS = {"": "The sum of the digits", "largest-": "The largest of the digits"}
+WORLDS["long-"] = "The sum of the digits, 160 updates"
 COSTS = Path(__file__).with_name("steps.json")
 
 

@@ -41,6 +41,7 @@ import itertools
 import json
 import math
 import os
+import re
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from functools import partial
@@ -159,7 +160,7 @@ def run_arm(name, seed, path):
 
 def own_objective(arm):
     """The objective of an arm such as "pgpo", "largest-pgpo" or "choose-pgpo@6"; None: PAPO's."""
-    method, _, weight = arm.removeprefix("largest-").removeprefix("choose-").partition("@")
+    method, _, weight = re.sub("^(largest|long|choose)-", "", arm).partition("@")
     own = OBJECTIVES.get(method)
     return partial(own, weight=float(weight)) if weight else own
 
