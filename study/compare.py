@@ -14,8 +14,10 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
+import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import t as student
 from scipy.stats import ttest_1samp
 
@@ -54,10 +56,11 @@ LONGER = "dapo papo-d-entropy-only papo-d-gamma-0.3 papo-d-gated-10 dvrp@0.3 dap
 HARM = 5  # points below DAPO at the end, from which on a weight counts as harmful
 ARMS = {name: (8, "dapo dapo-push", flags) for name, flags in FLAGS.items()}
 ARMS |= {f"{name}@{weight}": ARMS[name] for name, weight in CHOSEN.items()}
-for name, flags in [*BASES.items(), *((name, ARMS[name][2]) for name in ARMS)]:  # the second world
-    ARMS["largest-" + name] = 8, "largest-dapo largest-dapo-push", f"--task=largest {flags}"
-    if name in LONGER:
-        ARMS["long-" + name] = 4, "long-dapo long-dapo-push", f"--steps=80 {flags}"
+for name, flags in [*BASES.items(), *((name, ARMS[name][2]) for name in ARMS)]:
+    for world, seeds, more in ("largest-", 8, "--task=largest"), ("long-", 4, "--steps=80"):
+        if world == "largest-" or name in LONGER:
+            bases = " ".join(world + x for x in ("dapo", "dapo-push", "papo-d-entropy-only"))
+            ARMS[world + name] = seeds, bases, f"{more} {flags}"
 ARMS["choose-dapo"] = 2, "choose-dapo", BASES["dapo"]
 for method, weights in LADDERS.items():
     ARMS |= {f"choose-{method}@{w}": (2, "choose-dapo", FLAGS[method]) for w in weights}
@@ -98,12 +101,17 @@ def interval(values):
     return mean(values), half
 
 
-def measured(lines, measure, when):
-    """A run's held-out measure, %, at a step, the "end", or over the "run" (mean after step 0)."""
+def measured(lines, measure, when, cost=1):
+    """A run's held-out measure, %, at a step, the "end", or over the "run" (mean after step 0); or
+    over the "time" of a run whose steps cost 1 and this one's `cost`: mean over its steps s of the
+    line through the evaluations, here at s / cost."""
     name = f"eval_{measure}"
     values = {x["step"]: 100 * x[name] for x in lines if name in x}
     if when == "run":
         return mean(list(values.values())[1:])
+    if when == "time":
+        reached = [step / cost for step in range(1, max(values) + 1)]
+        return mean(np.interp(reached, list(values), list(values.values())).tolist())
     return values[max(values) if when == "end" else when]
 
 
@@ -116,6 +124,21 @@ def scores(runs, arms, when, measure="accuracy"):
     """{arm: what it measures on each of the shared seeds}."""
     seeds = shared_seeds(runs, arms)
     return {arm: [measured(runs[arm][seed], measure, when) for seed in seeds] for arm in arms}
+
+
+def gains(runs, arm, base, when, measure="accuracy", cost=1):
+    """An arm's paired differences from a base, whose steps cost 1, on the seeds that both have."""
+    return [
+        measured(runs[arm][seed], measure, when, cost) - measured(runs[base][seed], measure, when)
+        for seed in shared_seeds(runs, [arm, base])
+    ]
+
+
+def break_even(runs, arm, base):
+    """What a step of the arm may cost for it to be level with its base in the base's time; nan if
+    it never is."""
+    lead = lambda cost: mean(gains(runs, arm, base, "time", cost=cost))
+    return brentq(lead, 0.1, 10, xtol=1e-4) if lead(0.1) > 0 else math.nan
 
 
 def holm(values, level=0.05):
@@ -133,24 +156,26 @@ def table(runs):
     """Markdown, a table for each world: each method's paired differences from DAPO and from the
     push, in points with 95 % intervals, * where Holm's correction of all of them, in all worlds,
     leaves it; then means at the end, in %. Below them the ladders."""
-    costs = json.loads(COSTS.read_text()) if COSTS.exists() else {}
+    costs = json.loads(COSTS.read_text())
     columns = [("dapo", "run", "accuracy"), ("dapo-push", "run", "accuracy")]
+    columns += [("dapo", "time", "accuracy")]
     columns += [("dapo", "end", "accuracy"), ("dapo", "end", "accuracy_high")]
     cells, chances = {}, {}
     for world, arm, (base, when, measure) in itertools.product(WORLDS, NAMES, columns):
         pair = [world + arm, world + base]
         if arm != base and len(shared_seeds(runs, pair)) > 1:
-            own, other = scores(runs, pair, when, measure).values()
-            gains = [a - b for a, b in zip(own, other)]
+            cost = costs[arm.partition("@")[0]]
+            values = gains(runs, *pair, when, measure, cost)
             place = world + arm, (base, when, measure)
-            cells[place] = "{:+.1f} ± {:.1f}".format(*interval(gains))
-            chances[place] = ttest_1samp(gains, 0).pvalue
+            cells[place] = "{:+.1f} ± {:.1f}".format(*interval(values))
+            chances[place] = ttest_1samp(values, 0).pvalue
     kept = holm(chances)
-    head = ["arm", "seeds", "over the run", "over the run: minus the push", "the end"]
+    head = ["arm", "seeds", "over the run", "over the run: minus the push"]
+    head += ["over the time of DAPO's run", "the end"]
     head += ["the end: high dependency", "misread", "all digits read", "lucky", "grounding"]
     lines = []
     for world, title in WORLDS.items():
-        rows = [[*head, "cost of a step"], ["---"] * 11]
+        rows = [[*head, "cost of a step", "pays up to"], ["---"] * 13]
         for name in NAMES:
             if (arm := world + name) not in runs:
                 continue
@@ -159,8 +184,9 @@ def table(runs):
                 known = all(f"eval_{measure}" in run[-1] for run in runs[arm].values())
                 values = scores(runs, [arm], "end", measure)[arm] if known else []
                 shown.append(f"{mean(values):.1f}" if known else "")
-            cost = costs.get(arm.partition("@")[0])
-            shown.append(f"{cost:.2f}" if cost else "")
+            shown.append(f"{costs[name.partition('@')[0]]:.2f}")
+            compared = (arm, columns[0]) in cells
+            shown.append(f"{break_even(runs, arm, world + 'dapo'):.2f}" if compared else "")
             rows.append([NAMES[name], str(len(runs[arm])), *shown])
         lines += [title, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     lines += [f"{len(chances)} comparisons, {len(kept)} survive.", "", ladder_table(runs)]
@@ -196,27 +222,26 @@ def ladder_table(runs):
     return "\n".join(rows)
 
 
-def step_costs(rounds=5):
-    """{arm: processor time of a step over DAPO's}: medians of steps taken in turn, each of as many
-    groups, for none is redrawn."""
+def step_costs(steps=40):
+    """{arm: processor time of a run's steps over DAPO's}: on seed 0, with the groups it redraws,
+    the arms' steps in turn, so that the machine's load is shared."""
     import toy
     import train_small as ts
     from study.reproduce import ARMS, WARM_START, own_objective  # it takes its statistics from here
 
-    trainers, spent = {}, {arm: [] for arm in NAMES}
-    for arm in NAMES:
-        settings = ts.parse_args([*ARMS[arm][2].split(), "--dynamic_sampling=False"])
+    trainers, spent = {}, {arm: 0 for arm in NAMES if "@" not in arm}
+    for arm in spent:
         learner = toy.warm_start(recipe=WARM_START)
+        settings = ts.parse_args(ARMS[arm][2].split())
         trainers[arm] = ts.Trainer(*learner, *settings, toy.toy_dataset("train", 2048))
-        if own := own_objective(arm):
-            trainers[arm].objective = partial(own, progress=0.5)
-    for _ in range(rounds):
+    for step in range(1, steps + 1):
         for arm, trainer in trainers.items():
+            if own := own_objective(arm):
+                trainer.objective = partial(own, progress=step / steps)
             start = time.process_time()
             trainer.step()
-            spent[arm].append(time.process_time() - start)
-    base = median(spent["dapo"])
-    return {arm: round(median(seconds) / base, 3) for arm, seconds in spent.items()}
+            spent[arm] += time.process_time() - start
+    return {arm: round(seconds / spent["dapo"], 3) for arm, seconds in spent.items()}
 
 
 if __name__ == "__main__":

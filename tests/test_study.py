@@ -84,7 +84,7 @@ def test_the_comparison_is_printed_from_the_runs():
     gain = mean(final("vppo", seed) - final("dapo", seed) for seed in runs["vppo"])
     rows = [line.split(" | ") for line in printed.split("\n") if line.startswith("| VPPO |")]
     cells = rows[0]  # then the ladder's
-    assert cells[1] == str(len(runs["vppo"])) and cells[4].startswith(f"{gain:+.1f} ±")
+    assert cells[1] == str(len(runs["vppo"])) and cells[5].startswith(f"{gain:+.1f} ±")
 
 
 def test_a_chosen_weight_is_the_best_of_its_ladder():
@@ -99,6 +99,20 @@ def test_a_chosen_weight_is_the_best_of_its_ladder():
             assert compare.CHOSEN.get(method, published) == best, method
             climbed += 1
     assert climbed >= len(compare.CHOSEN) > 0
+
+
+def test_gains_at_the_same_processor_time():
+    """A straight climb from 0 to 80 % in 40 steps; one twice as fast, which then stands still, is
+    level where its step costs twice as much. At a cost of 4 it has half of the other's gain."""
+    line = lambda step, level: {"step": step, "eval_accuracy": level}
+    slow = [line(step, step / 50) for step in range(0, 41, 10)]
+    fast = [line(step, min(step / 25, 0.8)) for step in range(0, 41, 10)]
+    runs = {"slow": {0: slow, 1: slow}, "fast": {0: fast, 1: fast}}
+    at = lambda cost: compare.gains(runs, "fast", "slow", "time", cost=cost)
+    mean_of_slow = 100 * mean(step / 50 for step in range(1, 41))
+    assert at(2) == pytest.approx([0, 0], abs=1e-9)
+    assert at(4) == pytest.approx([-mean_of_slow / 2] * 2)
+    assert compare.break_even(runs, "fast", "slow") == pytest.approx(2, abs=1e-3)
 
 
 def test_holms_correction():
