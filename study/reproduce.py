@@ -361,7 +361,11 @@ def draw(runs):
         "variant-token: one mean over tokens; variant-eta-exact: eta1, eta2 exact; "
         "variant-eta1: eta1 exact; variant-eta-sampled: eta1, eta2 sampled; grpo: GRPO"
     )
-    methods = {a: name for a, name in compare.NAMES.items() if len(runs.get(a, ())) > 2}
+    made = lambda world: {  # question 9's arms of a world
+        world + arm: name
+        for arm, name in compare.NAMES.items()
+        if len(runs.get(world + arm, ())) > 2
+    }
     accuracy = "eval_accuracy eval_accuracy_high"
     signs = "eval_accuracy reward", "kl_prcp clip_high_fraction", "entropy masked_entropy"
     terms = lambda prefix, gammas: {  # {"PAPO" or "gated": {gamma: arm}}
@@ -384,9 +388,9 @@ def draw(runs):
         "gated": plot_ladders(runs, both("grpo", first)),
         "papo-d": plot_ladders(runs, both("papo-d-entropy-only", on_dapo)),
         "margin": plot_ladders(runs, margin, relative=True),
-        "long": plot_curves(runs, (long, accuracy)),
+        "long": plot_curves(runs, *((arms, accuracy) for arms in (long, made("long-")) if arms)),
         "rescue": plot_arms(runs, "gamma-3", rescues),
-        "methods": plot_arms(runs, "dapo", methods),
+        "methods": plot_arms(runs, "dapo", made("")),
         "mask": plot_arms(runs, "gamma-0.3", masks),
         "variants": plot_arms(runs, "gamma-0.3", variants),
     }
