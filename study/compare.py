@@ -101,16 +101,15 @@ def interval(values):
     return mean(values), half
 
 
-def measured(lines, measure, when, cost=1):
+def measured(lines, measure, when, pace=1):
     """A run's held-out measure, %, at a step, the "end", or over the "run" (mean after step 0); or
-    over the "time" of a run whose steps cost 1 and this one's `cost`: mean over its steps s of the
-    line through the evaluations, here at s / cost."""
+    over "time": mean over steps s of the line through the evaluations, at s * pace."""
     name = f"eval_{measure}"
     values = {x["step"]: 100 * x[name] for x in lines if name in x}
     if when == "run":
         return mean(list(values.values())[1:])
     if when == "time":
-        reached = [step / cost for step in range(1, max(values) + 1)]
+        reached = [pace * step for step in range(1, max(values) + 1)]
         return mean(np.interp(reached, list(values), list(values.values())).tolist())
     return values[max(values) if when == "end" else when]
 
@@ -127,18 +126,25 @@ def scores(runs, arms, when, measure="accuracy"):
 
 
 def gains(runs, arm, base, when, measure="accuracy", cost=1):
-    """An arm's paired differences from a base, whose steps cost 1, on the seeds that both have."""
-    return [
-        measured(runs[arm][seed], measure, when, cost) - measured(runs[base][seed], measure, when)
-        for seed in shared_seeds(runs, [arm, base])
-    ]
+    """An arm's paired differences from a base on the seeds that both have. Over "time": that of the
+    shorter run, where a step of the arm costs as much as `cost` of its base."""
+    paces = min(1, 1 / cost), min(1, cost)
+    score = lambda arm, seed, pace: measured(runs[arm][seed], measure, when, pace)
+    seeds = shared_seeds(runs, [arm, base])
+    return [score(arm, seed, paces[0]) - score(base, seed, paces[1]) for seed in seeds]
 
 
 def break_even(runs, arm, base):
-    """What a step of the arm may cost for it to be level with its base in the base's time; nan if
-    it never is."""
-    lead = lambda cost: mean(gains(runs, arm, base, "time", cost=cost))
-    return brentq(lead, 0.1, 10, xtol=1e-4) if lead(0.1) > 0 else math.nan
+    """What a step of the arm may cost, in steps of its base, for the two to have the same mean
+    accuracy over the time of the shorter run; and the ends of its 95 % interval."""
+
+    def level(side):
+        lead = lambda cost: np.dot((1, side), interval(gains(runs, arm, base, "time", cost=cost)))
+        if lead(0.1) <= 0 or lead(10) >= 0:
+            return 0.0 if lead(0.1) <= 0 else math.inf
+        return brentq(lead, 0.1, 10, xtol=1e-4)
+
+    return level(0), level(-1), level(1)
 
 
 def holm(values, level=0.05):
@@ -155,27 +161,25 @@ def holm(values, level=0.05):
 def table(runs):
     """Markdown, a table for each world: each method's paired differences from DAPO and from the
     push, in points with 95 % intervals, * where Holm's correction of all of them, in all worlds,
-    leaves it; then means at the end, in %. Below them the ladders."""
+    leaves it; then means at the end, in %; a step's cost, and where the lead is level (break_even).
+    Below them the ladders."""
     costs = json.loads(COSTS.read_text())
     columns = [("dapo", "run", "accuracy"), ("dapo-push", "run", "accuracy")]
-    columns += [("dapo", "time", "accuracy")]
     columns += [("dapo", "end", "accuracy"), ("dapo", "end", "accuracy_high")]
     cells, chances = {}, {}
     for world, arm, (base, when, measure) in itertools.product(WORLDS, NAMES, columns):
         pair = [world + arm, world + base]
-        if arm != base and len(shared_seeds(runs, pair)) > 1:
-            cost = costs[arm.partition("@")[0]]
-            values = gains(runs, *pair, when, measure, cost)
+        if arm not in ("dapo", base) and len(shared_seeds(runs, pair)) > 1:
+            values = gains(runs, *pair, when, measure)
             place = world + arm, (base, when, measure)
             cells[place] = "{:+.1f} ± {:.1f}".format(*interval(values))
-            chances[place] = ttest_1samp(values, 0).pvalue
+            chances[place] = ttest_1samp(values, 0).pvalue if any(values) else 1.0
     kept = holm(chances)
-    head = ["arm", "seeds", "over the run", "over the run: minus the push"]
-    head += ["over the time of DAPO's run", "the end"]
+    head = ["arm", "seeds", "over the run", "over the run: minus the push", "the end"]
     head += ["the end: high dependency", "misread", "all digits read", "lucky", "grounding"]
     lines = []
     for world, title in WORLDS.items():
-        rows = [[*head, "cost of a step", "pays up to"], ["---"] * 13]
+        rows = [[*head, "cost of a step", "pays up to"], ["---"] * 12]
         for name in NAMES:
             if (arm := world + name) not in runs:
                 continue
@@ -184,10 +188,13 @@ def table(runs):
                 known = all(f"eval_{measure}" in run[-1] for run in runs[arm].values())
                 values = scores(runs, [arm], "end", measure)[arm] if known else []
                 shown.append(f"{mean(values):.1f}" if known else "")
-            shown.append(f"{costs[name.partition('@')[0]]:.2f}")
-            compared = (arm, columns[0]) in cells
-            shown.append(f"{break_even(runs, arm, world + 'dapo'):.2f}" if compared else "")
-            rows.append([NAMES[name], str(len(runs[arm])), *shown])
+            cost = costs.get(arm.partition("@")[0])
+            shown.append(f"{cost:.2f}" if cost else "")
+            level = ""
+            if (arm, columns[0]) in cells:
+                even = break_even(runs, arm, world + "dapo")
+                level = "{:.2f} ({:.2f} to {:.2f})".format(*even)
+            rows.append([NAMES[name], str(len(runs[arm])), *shown, level])
         lines += [title, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     lines += [f"{len(chances)} comparisons, {len(kept)} survive.", "", ladder_table(runs)]
     return "\n".join(lines)
@@ -223,25 +230,30 @@ def ladder_table(runs):
 
 
 def step_costs(steps=40):
-    """{arm: processor time of a run's steps over DAPO's}: on seed 0, with the groups it redraws,
-    the arms' steps in turn, so that the machine's load is shared."""
+    """{arm: processor time of a run's steps over DAPO's in its world}: on seed 0, with the groups
+    it redraws, the arms' steps in turn, so that the machine's load is shared."""
     import toy
     import train_small as ts
     from study.reproduce import ARMS, WARM_START, own_objective  # it takes its statistics from here
 
-    trainers, spent = {}, {arm: 0 for arm in NAMES if "@" not in arm}
-    for arm in spent:
-        learner = toy.warm_start(recipe=WARM_START)
-        settings = ts.parse_args(ARMS[arm][2].split())
-        trainers[arm] = ts.Trainer(*learner, *settings, toy.toy_dataset("train", 2048))
-    for step in range(1, steps + 1):
-        for arm, trainer in trainers.items():
-            if own := own_objective(arm):
-                trainer.objective = partial(own, progress=step / steps)
-            start = time.process_time()
-            trainer.step()
-            spent[arm] += time.process_time() - start
-    return {arm: round(seconds / spent["dapo"], 3) for arm, seconds in spent.items()}
+    costs = {}
+    for world in ("", "largest-"):
+        arms = [world + name for name in NAMES if "@" not in name and world + name in ARMS]
+        trainers, spent = {}, dict.fromkeys(arms, 0)
+        for arm in arms:
+            config, run = ts.parse_args(ARMS[arm][2].split())
+            learner = toy.warm_start(recipe=WARM_START, task=run.task)
+            rows = toy.toy_dataset("train", 2048, task=run.task)
+            trainers[arm] = ts.Trainer(*learner, config, run, rows)
+        for step in range(1, steps + 1):
+            for arm, trainer in trainers.items():
+                if own := own_objective(arm):
+                    trainer.objective = partial(own, progress=step / steps)
+                start = time.process_time()
+                trainer.step()
+                spent[arm] += time.process_time() - start
+        costs |= {arm: round(spent[arm] / spent[world + "dapo"], 3) for arm in arms}
+    return costs
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Each takes what `papo_loss` takes and returns what it returns: `trainer.objectiv
 all that PGPO needs. The others want flags (FLAGS in compare.py), so that there is a masked pass,
 and DVRP how far the run is. In each docstring stand its equations and constants, and where ours
 departs from its authors'. `weight` is the one constant that the study varies, by default theirs.
-In all but VGPO the authors' second view is scored by the policy before a batch's updates, ours by
-the policy that is trained, as PAPO's. All views are constants: no gradient flows through them.
+VPPO's and VEPO's authors score the second view by the policy before a batch's updates (PGPO's and
+DVRP's do, second-hand), ours is scored by the policy that is trained, as PAPO's. All views are
+constants: no gradient flows through them.
 Means and minmax over a group or an update's batch are over a pass here, which is a group.
 "Second-hand": from descriptions, not from paper or code; "read": in the authors' code.
 
@@ -60,9 +61,11 @@ def vppo_loss(
         loss = mean over all tokens of [t in the top share by d_t] L_t(f_i A_i) + 0.06 mean(-log pi)
         f_i  = 0.9 + 0.1 s_i / mean(s),   s_i = mean_t d_t - the smallest mean_t d_t
 
-    weight: the share, 0.4, rounded up. 0.9, 0.06 and a masking ratio of 0.5 are its authors', too.
-    Departures: s_i within the group, theirs within the update's batch; one mask for a group, theirs
-    one for each response. Their paper has the exact KL, their code k3."""
+    f_i is their trajectory advantage shaping, the choice of tokens their token gradient filtering.
+    weight: the share, 0.4, rounded up. 0.9 (beta_min), 0.06, a masking ratio of 0.5 and accuracy as
+    the whole reward are its authors', too. Departures: s_i within the group, theirs within the
+    update's batch; one mask for a group, theirs one for each response. Their paper has the exact
+    KL, their code k3."""
     dependency = kl_k3(logps, masked_logps).detach().masked_fill(response_mask == 0, -1)  # (B, T)
     means = (dependency * response_mask).sum(1) / response_mask.sum(1)  # (B,)
     above = means - means.min()  # (B,)
@@ -114,9 +117,9 @@ def vgpo_loss(config, logps, old_logps, advantages, response_mask, row, weight=0
         a_i   = clamp(1 + p_i - mean(p), 0.9, 2),    p = minmax over the group (sum_t v_t)
         loss  = mean(a_i psi_t L_t),   reward = accuracy alone
 
-    Departures: its code takes minmax(c) over 4 responses of a micro-batch and p over 8, padding
-    included; ours both over the question's group, as its paper, which has (c + 1) / 2 for
-    minmax(c)."""
+    weight: its beta, 0.3. Departures: its code takes minmax(c) over 4 responses of a micro-batch
+    and p over 8, padding included; ours both over the question's group, as its paper, which has
+    (c + 1) / 2 for minmax(c)."""
     P, lengths = row.prompt["input_ids"].shape[1], response_mask.sum(1, keepdim=True)  # (B, 1)
     image = row.prompt["input_ids"][0] == row.model.config.image_token_id  # (P,)
     hidden = row.hidden.detach().float()  # (L, H)
@@ -164,9 +167,9 @@ def dvrp_loss(
                          + 0.05 H[pi_mask] + 0.05 H[pi_noise]
 
     Patches of 14 pixels are black with probability 0.6; the noise is that of step t = 500
-    sigmoid(10 (0.5 - progress)), from much to none over the run. Departures: KL is k3; the views
-    are constant, which the paper does not settle, so that the two entropies would change nothing
-    and are left out."""
+    sigmoid(10 (0.5 - progress)), from much to none over the run. weight: of both KLs, 0.01 each.
+    Departures: KL is k3; the views are constant, which the paper does not settle, so that the two
+    entropies would change nothing and are left out."""
     t = int(500 / (1 + math.exp(-10 * (0.5 - progress))))
     with torch.no_grad():
         view = row.model, diffused(row.prompt, t), row.responses
@@ -215,8 +218,8 @@ def vepo_loss(
         loss = mean of L_t over the top share by s_t  -  0.001 mean(H[pi])
 
     weight: the share. Both clips 0.2, no dual clip. Departures: with DAPO's redrawing, where theirs
-    has none; G = 8, theirs 12; the mean over chosen tokens is the group's, theirs the
-    micro-batch's."""
+    has none; the vision tower is trained, theirs is frozen; G = 8, theirs 12; the mean over chosen
+    tokens is the group's, theirs the micro-batch's."""
     chosen = vepo_mask(row, response_mask, config.temperature, weight)  # (B, T)
     given = config, logps, old_logps, advantages
     loss, metrics = weighted_loss(*given, chosen, 1.0)

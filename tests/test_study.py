@@ -84,7 +84,7 @@ def test_the_comparison_is_printed_from_the_runs():
     gain = mean(final("vppo", seed) - final("dapo", seed) for seed in runs["vppo"])
     rows = [line.split(" | ") for line in printed.split("\n") if line.startswith("| VPPO |")]
     cells = rows[0]  # then the ladder's
-    assert cells[1] == str(len(runs["vppo"])) and cells[5].startswith(f"{gain:+.1f} ±")
+    assert cells[1] == str(len(runs["vppo"])) and cells[4].startswith(f"{gain:+.1f} ±")
 
 
 def test_a_chosen_weight_is_the_best_of_its_ladder():
@@ -112,7 +112,12 @@ def test_gains_at_the_same_processor_time():
     mean_of_slow = 100 * mean(step / 50 for step in range(1, 41))
     assert at(2) == pytest.approx([0, 0], abs=1e-9)
     assert at(4) == pytest.approx([-mean_of_slow / 2] * 2)
-    assert compare.break_even(runs, "fast", "slow") == pytest.approx(2, abs=1e-3)
+    assert compare.break_even(runs, "fast", "slow") == pytest.approx((2, 2, 2), abs=1e-3)
+    assert compare.break_even(runs, "slow", "fast") == pytest.approx((0.5, 0.5, 0.5), abs=1e-3)
+    # A third run, level at 1 on one seed and at 2 on the other: in the middle, with room around it.
+    runs["between"] = {0: fast, 1: slow}
+    level, low, high = compare.break_even(runs, "between", "slow")
+    assert low < 1 < level < 2 < high
 
 
 def test_holms_correction():
