@@ -1,5 +1,6 @@
 """The study: arms and objectives are as stated, what is kept is what it makes, and it resumes."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from inspect import signature
 from pathlib import Path
@@ -118,6 +119,23 @@ def test_gains_at_the_same_processor_time():
     runs["between"] = {0: fast, 1: slow}
     level, low, high = compare.break_even(runs, "between", "slow")
     assert low < 1 < level < 2 < high
+
+
+def test_a_cost_is_relative_to_dapo_in_its_world(tmp_path, monkeypatch):
+    """By a clock that runs faster and faster: it reads 0, 1, 4, 9 and so on, twice in each step."""
+    small = "--algorithm=dapo --max_redraws=0 --prompts_per_batch=2 --updates_per_batch=1"
+    arms = dict.fromkeys(("dapo", "pgpo"), f"{small} --max_new_tokens=4")
+    arms |= {f"largest-{arm}": f"{line} --task=largest" for arm, line in arms.items()}
+    ticks = (n**2 for n in itertools.count())
+    recipe = toy.WarmStart((), clean_steps=1, guess_steps=1, batch_size=4)
+    monkeypatch.setenv("PAPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(compare, "NAMES", {"dapo": "", "pgpo": "", "pgpo@6": ""})
+    monkeypatch.setattr(reproduce, "ARMS", {arm: (1, "", line) for arm, line in arms.items()})
+    monkeypatch.setattr(reproduce, "WARM_START", recipe)
+    monkeypatch.setattr(compare.time, "process_time", lambda: next(ticks))
+    costs = compare.step_costs(steps=1)
+    # 1 - 0, 9 - 4; then 25 - 16, 49 - 36
+    assert costs == {"dapo": 1, "pgpo": 5, "largest-dapo": 1, "largest-pgpo": round(13 / 9, 3)}
 
 
 def test_holms_correction():
