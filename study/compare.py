@@ -177,7 +177,10 @@ def table(runs):
     kept = holm(chances)
     head = ["arm", "seeds", "over the run", "over the run: minus the push", "the end"]
     head += ["the end: high dependency", "misread", "all digits read", "lucky", "grounding"]
-    lines = []
+    lines = [
+        "Accuracy in points, minus DAPO's unless said; then shares of the responses at the end, %."
+    ]
+    lines += ["The words are those of [question 9](README.md).", ""]
     for world, title in WORLDS.items():
         rows = [[*head, "cost of a step", "pays up to"], ["---"] * 12]
         for name in NAMES:
@@ -195,8 +198,14 @@ def table(runs):
                 even = break_even(runs, arm, world + "dapo")
                 level = "{:.2f} ({:.2f} to {:.2f})".format(*even)
             rows.append([NAMES[name], str(len(runs[arm])), *shown, level])
-        lines += [title, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    lines += [f"{len(chances)} comparisons, {len(kept)} survive.", "", ladder_table(runs)]
+        lines += [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
+    lines += [
+        f"{len(chances)} comparisons, {len(kept)} survive.",
+        "",
+        "## Weights",
+        "",
+        ladder_table(runs),
+    ]
     return "\n".join(lines)
 
 
