@@ -178,9 +178,9 @@ def table(runs):
     head = ["arm", "seeds", "over the run", "over the run: minus the push", "the end"]
     head += ["the end: high dependency", "misread", "all digits read", "lucky", "grounding"]
     lines = [
-        "Accuracy in points, minus DAPO's unless said; then shares of the responses at the end, %."
+        "Accuracy in points, minus DAPO's; then shares of the responses at the end, %. The words"
     ]
-    lines += ["The words are those of [question 9](README.md).", ""]
+    lines += ["are those of [question 9](README.md).", ""]
     for world, title in WORLDS.items():
         rows = [[*head, "cost of a step", "pays up to"], ["---"] * 12]
         for name in NAMES:
@@ -199,13 +199,8 @@ def table(runs):
                 level = "{:.2f} ({:.2f} to {:.2f})".format(*even)
             rows.append([NAMES[name], str(len(runs[arm])), *shown, level])
         lines += [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
-    lines += [
-        f"{len(chances)} comparisons, {len(kept)} survive.",
-        "",
-        "## Weights",
-        "",
-        ladder_table(runs),
-    ]
+    lines += [f"{len(chances)} comparisons, {len(kept)} survive.", "", "## Weights", ""]
+    lines.append(ladder_table(runs))
     return "\n".join(lines)
 
 
