@@ -1,7 +1,7 @@
 """Which use of the second view is worth its cost? PAPO's successors side by side, on DAPO's base.
 
 `python -m study.compare` prints the table of the runs that are kept (methods.md); with `time` it
-first measures what a step costs, in steps.json. Each method is there with its paper's constants,
+first measures what a step costs, in steps.json, for three hours. Each method is there with its paper's constants,
 and, as NAME@WEIGHT, with its one weight (methods.py) as chosen here: the best over the run of five,
 on the validation digits of the first world, with seeds 0 and 1. reproduce.py takes its statistics
 from here.
@@ -14,7 +14,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
 import numpy as np
 from scipy.optimize import brentq
@@ -180,7 +180,7 @@ def table(runs):
     lines = [
         "Accuracy in points, minus DAPO's; then shares of the responses at the end, %. The words"
     ]
-    lines += ["are those of [question 9](README.md).", ""]
+    lines += ["are those of [question 9](README.md); a cost is the median of its seeds.", ""]
     for world, title in WORLDS.items():
         rows = [[*head, "cost of a step", "pays up to"], ["---"] * 12]
         for name in NAMES:
@@ -191,12 +191,13 @@ def table(runs):
                 known = all(f"eval_{measure}" in run[-1] for run in runs[arm].values())
                 values = scores(runs, [arm], "end", measure)[arm] if known else []
                 shown.append(f"{mean(values):.1f}" if known else "")
-            cost = costs.get(arm.partition("@")[0])
-            shown.append(f"{cost:.2f}" if cost else "")
+            cost = costs.get(arm)
+            spread = "{:.2f} ({:.2f} to {:.2f})"
+            shown.append(spread.format(median(cost), min(cost), max(cost)) if cost else "")
             level = ""
             if (arm, columns[0]) in cells:
                 even = break_even(runs, arm, world + "dapo")
-                level = "{:.2f} ({:.2f} to {:.2f})".format(*even)
+                level = spread.format(*even)
             rows.append([NAMES[name], str(len(runs[arm])), *shown, level])
         lines += [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     lines += [f"{len(chances)} comparisons, {len(kept)} survive.", "", "## Weights", ""]
@@ -233,21 +234,25 @@ def ladder_table(runs):
     return "\n".join(rows)
 
 
-def step_costs(steps=40):
-    """{arm: processor time of a run's steps over DAPO's in its world}: on seed 0, with the groups
-    it redraws, the arms' steps in turn, so that the machine's load is shared."""
+def step_costs(seed, steps=40):
+    """{arm: processor time of a run's steps over DAPO's in its world}: on one seed, with the
+    groups it redraws, the arms' steps in turn, so that the machine's load is shared."""
+    import torch
+
     import toy
     import train_small as ts
     from study.reproduce import ARMS, WARM_START, own_objective  # it takes its statistics from here
 
+    torch.set_num_threads(1)
+    torch.manual_seed(seed)
     costs = {}
     for world in ("", "largest-"):
-        arms = [world + name for name in NAMES if "@" not in name and world + name in ARMS]
+        arms = [world + name for name in NAMES if world + name in ARMS]
         trainers, spent = {}, dict.fromkeys(arms, 0)
         for arm in arms:
-            config, run = ts.parse_args(ARMS[arm][2].split())
-            learner = toy.warm_start(recipe=WARM_START, task=run.task)
-            rows = toy.toy_dataset("train", 2048, task=run.task)
+            config, run = ts.parse_args(["--seed", str(seed), *ARMS[arm][2].split()])
+            learner = toy.warm_start(seed=seed, recipe=WARM_START, task=run.task)
+            rows = toy.toy_dataset("train", 2048, seed=seed, task=run.task)
             trainers[arm] = ts.Trainer(*learner, config, run, rows)
         for step in range(1, steps + 1):
             for arm, trainer in trainers.items():
@@ -264,5 +269,7 @@ if __name__ == "__main__":
     from study.reproduce import load_runs
 
     if "time" in sys.argv:
-        COSTS.write_text(json.dumps(step_costs(), indent=1) + "\n")
+        costs = [step_costs(seed) for seed in range(4)]
+        costs = {arm: [one[arm] for one in costs] for arm in costs[0]}
+        COSTS.write_text(json.dumps(costs, indent=1) + "\n")
     print(table(load_runs(COSTS.with_name("runs"))))
