@@ -1,10 +1,10 @@
 """Which use of the second view is worth its cost? PAPO's successors side by side, on DAPO's base.
 
 `python -m study.compare` prints the table of the runs that are kept (methods.md); with `time` it
-first measures what a step costs, in steps.json, for three hours. Each method is there with its paper's constants,
-and, as NAME@WEIGHT, with its one weight (methods.py) as chosen here: the best over the run of five,
-on the validation digits of the first world, with seeds 0 and 1. reproduce.py takes its statistics
-from here.
+first measures what a step costs, in steps.json, for three hours. Each method is there with its
+paper's constants, and, as NAME@WEIGHT, with its one weight (methods.py) as chosen here: the best
+over the run of five, on the validation digits of the first world, with seeds 0 and 1. reproduce.py
+takes its statistics from here.
 """
 
 import itertools
