@@ -30,6 +30,9 @@ FLAGS = {  # Name: flags of train_small.py, the objective of that name is in met
     "vgpo": "--algorithm=dapo --format_weight=0",
     "dvrp": MASKED,
     "vepo": "--algorithm=dapo --clip_high=0.2 --clip_dual=inf",
+    # PAPO's term without its entropies, as the others are run; its gate.
+    "dapo-gamma-0.3": f"{MASKED} --gamma=0.3",
+    "dapo-gated-10": f"{MASKED} --gated=True --gamma=10",
     # Controls on the same base: log pi pushed up where A > 0, a small entropy term.
     "dapo-push": "--algorithm=dapo",
     "dapo-eta1": "--algorithm=papo-d --gamma=0 --eta1=0.05 --eta2=0",
@@ -54,7 +57,7 @@ CHOSEN = {"vppo": 0.6, "vgpo": 1, "dvrp": 0.3, "vepo": 0.4, "dapo-push": 30}
 # 160 updates: the three best over the run, and what they are held against.
 LONGER = "dapo papo-d-entropy-only papo-d-gamma-0.3 papo-d-gated-10 dvrp@0.3 dapo-push".split()
 HARM = 5  # points below DAPO at the end, from which on a weight counts as harmful
-ARMS = {name: (8, "dapo dapo-push", flags) for name, flags in FLAGS.items()}
+ARMS = {name: (8, "dapo dapo-push dapo-gamma-0.3", flags) for name, flags in FLAGS.items()}
 ARMS |= {f"{name}@{weight}": ARMS[name] for name, weight in CHOSEN.items()}
 for name, flags in [*BASES.items(), *((name, ARMS[name][2]) for name in ARMS)]:
     for world, seeds, more in ("largest-", 8, "--task=largest"), ("long-", 4, "--steps=80"):
@@ -70,6 +73,8 @@ NAMES = {  # the arms that are compared, in words
     "papo-d-entropy-only": "PAPO-D, gamma 0",
     "papo-d-gamma-0.3": "PAPO-D, gamma 0.3",
     "papo-d-gated-10": "PAPO-D, gated, gamma 10",
+    "dapo-gamma-0.3": "the term alone, gamma 0.3",
+    "dapo-gated-10": "the term alone, gated, gamma 10",
     "vppo": "VPPO",
     "vppo@0.6": "VPPO, weight 0.6",
     "pgpo": "PGPO",
@@ -84,6 +89,9 @@ NAMES = {  # the arms that are compared, in words
     "dapo-push": "push, on DAPO",
     "dapo-push@30": "push 30, on DAPO",
     "dapo-eta1": "eta1 0.05, on DAPO",
+    "grpo": "GRPO",
+    "gamma-0.3": "PAPO, gamma 0.3, on GRPO",
+    "gated-10": "PAPO, gated, gamma 10, on GRPO",
     "control-push": "push, on GRPO",
     "control-eta1": "eta1 0.05, on GRPO",
 }
@@ -161,8 +169,8 @@ def holm(values, level=0.05):
 def table(runs):
     """Markdown, a table for each world: each method's paired differences from DAPO and from the
     push, in points with 95 % intervals, * where Holm's correction of all of them, in all worlds,
-    leaves it; then means at the end, in %; a step's cost, and where the lead is level (break_even).
-    Below them the ladders."""
+    leaves it; then means at the end, in %; a step's cost, the differences from DAPO and GRPO over
+    the same time, and where the first is none (break_even). Below them the ladders."""
     costs = json.loads(COSTS.read_text())
     columns = [("dapo", "run", "accuracy"), ("dapo-push", "run", "accuracy")]
     columns += [("dapo", "end", "accuracy"), ("dapo", "end", "accuracy_high")]
@@ -180,9 +188,11 @@ def table(runs):
     lines = [
         "Accuracy in points, minus DAPO's; then shares of the responses at the end, %. The words"
     ]
-    lines += ["are those of [question 9](README.md); a cost is the median of its seeds.", ""]
+    lines += ["are those of [question 9](README.md). A cost is the median of four seeds, with"]
+    lines += ["the least and the most; what an arm pays up to has its 95 % interval.", ""]
     for world, title in WORLDS.items():
-        rows = [[*head, "cost of a step", "pays up to"], ["---"] * 12]
+        timed = ["cost of a step", "over the same time", "the same: minus GRPO", "pays up to"]
+        rows = [[*head, *timed], ["---"] * 14]
         for name in NAMES:
             if (arm := world + name) not in runs:
                 continue
@@ -194,10 +204,15 @@ def table(runs):
             cost = costs.get(arm)
             spread = "{:.2f} ({:.2f} to {:.2f})"
             shown.append(spread.format(median(cost), min(cost), max(cost)) if cost else "")
-            level = ""
-            if (arm, columns[0]) in cells:
-                even = break_even(runs, arm, world + "dapo")
-                level = spread.format(*even)
+            for base in (world + "dapo", world + "grpo"):
+                same = ""
+                if cost and arm != base and shared_seeds(runs, [arm, base]):
+                    pace = median(own / other for own, other in zip(cost, costs[base]))
+                    values = gains(runs, arm, base, "time", cost=pace)
+                    same = "{:+.1f} ± {:.1f}".format(*interval(values))
+                shown.append(same)
+            known = (arm, columns[0]) in cells
+            level = spread.format(*break_even(runs, arm, world + "dapo")) if known else ""
             rows.append([NAMES[name], str(len(runs[arm])), *shown, level])
         lines += [f"## {title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     lines += [f"{len(chances)} comparisons, {len(kept)} survive.", "", "## Weights", ""]
