@@ -364,7 +364,7 @@ def draw(runs):
     made = lambda world: {  # question 9's arms of a world
         world + arm: name
         for arm, name in compare.NAMES.items()
-        if len(runs.get(world + arm, ())) > 2
+        if len(runs.get(world + arm, ())) > 2 and (world != "long-" or arm in compare.LONGER)
     }
     accuracy = "eval_accuracy eval_accuracy_high"
     signs = "eval_accuracy reward", "kl_prcp clip_high_fraction", "entropy masked_entropy"
