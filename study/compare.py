@@ -54,7 +54,7 @@ LADDERS = {  # from the weakest to the strongest; of a share of tokens the small
 }
 # Where the best is not the authors': of PGPO it is.
 CHOSEN = {"vppo": 0.6, "vgpo": 1, "dvrp": 0.3, "vepo": 0.4, "dapo-push": 30}
-# 160 updates: the three best over the run, and what they are held against.
+# 160 updates: the best over the run, but the term alone, which was run last; and their baselines.
 LONGER = "dapo papo-d-entropy-only papo-d-gamma-0.3 papo-d-gated-10 dvrp@0.3 dapo-push".split()
 HARM = 5  # points below DAPO at the end, from which on a weight counts as harmful
 ARMS = {name: (8, "dapo dapo-push dapo-gamma-0.3", flags) for name, flags in FLAGS.items()}
