@@ -1,7 +1,7 @@
 """Which use of the second view is worth its cost? PAPO's successors side by side, on DAPO's base.
 
 `python -m study.compare` prints the table of the runs that are kept (methods.md); with `time` it
-first measures what a step costs, in steps.json, for three hours. Each method is there with its
+first measures what a step costs, in steps.json, for hours. Each method is there with its
 paper's constants, and, as NAME@WEIGHT, with its one weight (methods.py) as chosen here: the best
 over the run of five, on the validation digits of the first world, with seeds 0 and 1. reproduce.py
 takes its statistics from here.
@@ -12,7 +12,6 @@ import json
 import math
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from statistics import mean, median, stdev
 
@@ -174,13 +173,15 @@ def table(runs):
     costs = json.loads(COSTS.read_text())
     columns = [("dapo", "run", "accuracy"), ("dapo-push", "run", "accuracy")]
     columns += [("dapo", "end", "accuracy"), ("dapo", "end", "accuracy_high")]
+    points = lambda values: "{:+.1f} ± {:.1f}".format(*interval(values))
+    spread = "{:.2f} ({:.2f} to {:.2f})"
     cells, chances = {}, {}
     for world, arm, (base, when, measure) in itertools.product(WORLDS, NAMES, columns):
         pair = [world + arm, world + base]
         if arm not in ("dapo", base) and len(shared_seeds(runs, pair)) > 1:
             values = gains(runs, *pair, when, measure)
             place = world + arm, (base, when, measure)
-            cells[place] = "{:+.1f} ± {:.1f}".format(*interval(values))
+            cells[place] = points(values)
             chances[place] = ttest_1samp(values, 0).pvalue if any(values) else 1.0
     kept = holm(chances)
     head = ["arm", "seeds", "over the run", "over the run: minus the push", "the end"]
@@ -202,14 +203,12 @@ def table(runs):
                 values = scores(runs, [arm], "end", measure)[arm] if known else []
                 shown.append(f"{mean(values):.1f}" if known else "")
             cost = costs.get(arm)
-            spread = "{:.2f} ({:.2f} to {:.2f})"
             shown.append(spread.format(median(cost), min(cost), max(cost)) if cost else "")
             for base in (world + "dapo", world + "grpo"):
                 same = ""
                 if cost and arm != base and shared_seeds(runs, [arm, base]):
                     pace = median(own / other for own, other in zip(cost, costs[base]))
-                    values = gains(runs, arm, base, "time", cost=pace)
-                    same = "{:+.1f} ± {:.1f}".format(*interval(values))
+                    same = points(gains(runs, arm, base, "time", cost=pace))
                 shown.append(same)
             known = (arm, columns[0]) in cells
             level = spread.format(*break_even(runs, arm, world + "dapo")) if known else ""
@@ -252,29 +251,16 @@ def ladder_table(runs):
 def step_costs(seed, steps=40):
     """{arm: processor time of a run's steps over DAPO's in its world}: on one seed, with the
     groups it redraws, the arms' steps in turn, so that the machine's load is shared."""
-    import torch
+    from study.reproduce import ARMS, start_arm, take_step  # it takes its statistics from here
 
-    import toy
-    import train_small as ts
-    from study.reproduce import ARMS, WARM_START, own_objective  # it takes its statistics from here
-
-    torch.set_num_threads(1)
-    torch.manual_seed(seed)
     costs = {}
     for world in ("", "largest-"):
         arms = [world + name for name in NAMES if world + name in ARMS]
-        trainers, spent = {}, dict.fromkeys(arms, 0)
-        for arm in arms:
-            config, run = ts.parse_args(["--seed", str(seed), *ARMS[arm][2].split()])
-            learner = toy.warm_start(seed=seed, recipe=WARM_START, task=run.task)
-            rows = toy.toy_dataset("train", 2048, seed=seed, task=run.task)
-            trainers[arm] = ts.Trainer(*learner, config, run, rows)
-        for step in range(1, steps + 1):
+        trainers, spent = {arm: start_arm(arm, seed) for arm in arms}, dict.fromkeys(arms, 0)
+        for _ in range(steps):
             for arm, trainer in trainers.items():
-                if own := own_objective(arm):
-                    trainer.objective = partial(own, progress=step / steps)
                 start = time.process_time()
-                trainer.step()
+                take_step(trainer, arm)
                 spent[arm] += time.process_time() - start
         costs |= {arm: round(spent[arm] / spent[world + "dapo"], 3) for arm in arms}
     return costs

@@ -123,22 +123,34 @@ ARMS = {
 }
 
 
-def run_arm(name, seed, path):
-    """One run of one arm: a line of metrics for each step, and what the policy writes."""
+def start_arm(name, seed):
+    """The trainer of one run of one arm, before its first step."""
     torch.set_num_threads(1)
     torch.manual_seed(seed)  # for the noise of methods.py; all else has generators of its own
     config, run = ts.parse_args(["--seed", str(seed), *ARMS[name][2].split()])
-    model, processor = toy.warm_start(seed=seed, recipe=WARM_START, task=run.task)
-    train = toy.toy_dataset("train", 2048, seed=seed, task=run.task)
+    learner = toy.warm_start(seed=seed, recipe=WARM_START, task=run.task)
+    rows = toy.toy_dataset("train", 2048, seed=seed, task=run.task)
+    return ts.Trainer(*learner, config, run, rows.select(range(0, len(rows), stride(name))))
+
+
+def take_step(trainer, name):
+    """Its next step, on the arm's objective: a line of metrics."""
+    if own := own_objective(name):
+        progress = (trainer.steps_done + 1) / trainer.run.steps
+        trainer.objective = partial(own, progress=progress)
+    return trainer.step()
+
+
+def run_arm(name, seed, path):
+    """One run of one arm: a line of metrics for each step, and what the policy writes."""
+    trainer, lines = start_arm(name, seed), []
+    model, processor = trainer.model, trainer.processor
+    config, run = trainer.config, trainer.run
     split = "validation" if name.startswith("choose-") else "test"
     test = toy.toy_dataset(split, stride(name) * QUESTIONS, task=run.task)
-    train, test = (rows.select(range(0, len(rows), stride(name))) for rows in (train, test))
-    trainer, lines = ts.Trainer(model, processor, config, run, train), []
-    own = own_objective(name)
+    test = test.select(range(0, len(test), stride(name)))
     for step in range(run.steps + 1):
-        if own:
-            trainer.objective = partial(own, progress=step / run.steps)
-        line = trainer.step() if step else {"step": 0}
+        line = take_step(trainer, name) if step else {"step": 0}
         if step % run.eval_every == 0 or step == run.steps:
             groups = ts.evaluate(model, processor, config, test)
             line |= {f"eval_{key}": value for key, value in ts.summarise(groups).items()}
@@ -361,11 +373,10 @@ def draw(runs):
         "variant-token: one mean over tokens; variant-eta-exact: eta1, eta2 exact; "
         "variant-eta1: eta1 exact; variant-eta-sampled: eta1, eta2 sampled; grpo: GRPO"
     )
-    made = lambda world: {  # question 9's arms of a world
-        world + arm: name
-        for arm, name in compare.NAMES.items()
-        if len(runs.get(world + arm, ())) > 2 and (world != "long-" or arm in compare.LONGER)
+    made = lambda world, arms: {  # those of question 9's that have runs
+        world + arm: compare.NAMES[arm] for arm in arms if len(runs.get(world + arm, ())) > 2
     }
+    longer = made("long-", compare.LONGER)
     accuracy = "eval_accuracy eval_accuracy_high"
     signs = "eval_accuracy reward", "kl_prcp clip_high_fraction", "entropy masked_entropy"
     terms = lambda prefix, gammas: {  # {"PAPO" or "gated": {gamma: arm}}
@@ -388,9 +399,9 @@ def draw(runs):
         "gated": plot_ladders(runs, both("grpo", first)),
         "papo-d": plot_ladders(runs, both("papo-d-entropy-only", on_dapo)),
         "margin": plot_ladders(runs, margin, relative=True),
-        "long": plot_curves(runs, *((arms, accuracy) for arms in (long, made("long-")) if arms)),
+        "long": plot_curves(runs, *((arms, accuracy) for arms in (long, longer) if arms)),
         "rescue": plot_arms(runs, "gamma-3", rescues),
-        "methods": plot_arms(runs, "dapo", made("")),
+        "methods": plot_arms(runs, "dapo", made("", compare.NAMES)),
         "mask": plot_arms(runs, "gamma-0.3", masks),
         "variants": plot_arms(runs, "gamma-0.3", variants),
     }
